@@ -1,0 +1,311 @@
+"""Score models and compare methods: multiple choice, open questions, perplexity, and what relearning brings back.
+
+    python evaluate.py out/npo-s0 out/npo+sam-s0      # one table; about 2 s a run the first time
+    python evaluate.py out/* --baseline npo           # runs that differ only in seed become mean and standard
+                                                      # error; each method against the baseline, pair by pair
+
+Reads RUN/result.json, the model beside it, DATA/*.jsonl and, where it exists, RUN/relearn.json. Writes
+RUN/evaluate.json (kept while it is newer than the model) and, with --json, the table.
+
+Multiple choice alone overstates forgetting (arXiv 2510.07626), so open questions are asked too: the share whose
+answer is, token for token, what the model says greedily. UE = 1 - accuracy on mcq_forget, UT = accuracy on
+mcq_retain.
+"""
+import json, math, time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from sam import accumulator
+from unlearn import (IGNORE, InputError, check_texts, collate, context_of, encode, encode_rows, load_model, logits_of,
+                     make_parser, number, one_line_errors, provenance, read_jsonl, show, text_row, token_logps,
+                     write_json)
+
+LETTERS = ("The following are multiple choice questions (with answers) about {subject}.\n\n{question}\n"
+           "A. {0}\nB. {1}\nC. {2}\nD. {3}\nAnswer:")      # the prompt of lm-evaluation-harness, 0-shot
+
+
+# ---- questions ------------------------------------------------------------------------------------------------
+
+def mcq_row(row):
+    """Check a row of mcq_*.jsonl: {"question", "choices": [4 texts], "answer": 0-3, optional "subject", "fact"}."""
+    check_texts(row, "question")
+    choices = row.get("choices")
+    if not isinstance(choices, list) or len(choices) != 4 or not all(isinstance(c, str) and c.strip()
+                                                                     for c in choices):
+        raise InputError(f'"choices" is {choices!r}: give a list of exactly 4 texts')
+    if type(row.get("answer")) is not int or not 0 <= row["answer"] <= 3:
+        raise InputError(f'"answer" is {row.get("answer")!r}: give the index of the right choice, 0 to 3')
+    return row
+
+
+def load_questions(folder):
+    """{"mcq_forget": rows, "mcq_retain": rows, ..., "prompt": template or None} of a data folder's mcq_*.jsonl.
+
+    meta.json may give a "prompt" with {question} in it: then the choices' own texts are scored after it. Without
+    one, the question and its choices are shown as LETTERS and " A" to " D" are scored.
+    """
+    folder, prompt = Path(folder), None
+    meta = folder / "meta.json"
+    if meta.is_file():
+        try:
+            prompt = json.loads(meta.read_text(encoding="utf-8")).get("prompt")
+        except (json.JSONDecodeError, AttributeError) as e:
+            raise InputError(f"{meta}:1: not a JSON object ({e}): mend it or remove it")
+        if prompt is not None and "{question}" not in prompt:
+            raise InputError(f'{meta}:1: "prompt" is {prompt!r}: put {{question}} in it')
+    return {**{f.stem: read_jsonl(f, mcq_row) for f in sorted(folder.glob("mcq_*.jsonl"))}, "prompt": prompt}
+
+
+def ask(row, prompt):
+    """(context, four continuations) of a multiple-choice row."""
+    question = row["question"].strip()
+    if prompt:
+        return prompt.replace("{question}", question), [" " + c.strip() for c in row["choices"]]
+    subject = row.get("subject", "the topic").replace("_", " ")
+    return LETTERS.format(*row["choices"], question=question, subject=subject), [" A", " B", " C", " D"]
+
+
+@torch.no_grad()
+def choice_logps(model, tokenizer, rows, prompt=None, batch=64):
+    """(N, 4) fp64 summed log-probability of each choice after its context, both tokenised together.
+
+    Where the four choices are one token each: one forward pass a question; else one a choice. Sorted by length.
+    """
+    out, jobs = torch.zeros(len(rows), 4, dtype=torch.float64), []
+    for q, row in enumerate(rows):
+        start, choices = ask(row, prompt)
+        encoded = [encode(tokenizer, start, c, context_of(model), where=row["where"]) for c in choices]
+        if all(labels.count(IGNORE) == len(ids) - 1 for ids, labels in encoded) and (
+                len({tuple(ids[:-1]) for ids, _ in encoded}) == 1):
+            jobs.append((encoded[0], q, slice(None), [ids[-1] for ids, _ in encoded]))      # one pass for all four
+        else:
+            jobs += [(e, q, c, None) for c, e in enumerate(encoded)]
+    jobs.sort(key=lambda job: len(job[0][0]))
+    for i in range(0, len(jobs), batch):
+        x = collate([job[0] for job in jobs[i:i + batch]], tokenizer.pad_token_id or 0, model.device)
+        logits, labels = logits_of(model, x), x["labels"][:, 1:]                             # (B, T-1, V), (B, T-1)
+        for row, (_, q, choice, four) in enumerate(jobs[i:i + batch]):
+            here = labels[row] != IGNORE
+            logps = logits[row, here].to(accumulator(logits.dtype)).log_softmax(-1)          # (answer tokens, V)
+            logps = logps[0, four] if four else logps.gather(-1, labels[row, here, None]).sum()
+            out[q, choice] = logps.double().cpu()
+    return out
+
+
+def correct(model, tokenizer, rows, prompt=None):
+    """(N,) bool: is the likeliest choice the right one? Ties go to the first."""
+    return choice_logps(model, tokenizer, rows, prompt).argmax(1) == torch.tensor([r["answer"] for r in rows])
+
+
+def ue_ut(model, tokenizer, questions, seen=None, only_forget=False):
+    """{"UE", "UT"}; None where the data has no mcq_forget or mcq_retain. With seen, a set of facts, also
+    "UE_heldout": UE on the questions about other facts, None when the questions name no facts or none is left."""
+    share = lambda right: right.double().mean().item() if len(right) else None
+    right = {name: correct(model, tokenizer, questions[name], questions["prompt"]) if name in questions else []
+             for name in ("mcq_forget", "mcq_retain")[:1 if only_forget else 2]}
+    out = {"UE": 1 - share(right["mcq_forget"]) if "mcq_forget" in questions else None}
+    if seen is not None:
+        held = [seen and r.get("fact", None) not in seen | {None} for r in questions.get("mcq_forget", [])]
+        out["UE_heldout"] = 1 - share(right["mcq_forget"][torch.tensor(held)]) if any(held) else None
+    return out if only_forget else out | {"UT": share(right["mcq_retain"])}
+
+
+@torch.no_grad()
+def open_accuracy(model, tokenizer, rows, prompt, batch=64):
+    """Share of questions whose greedy continuation starts, token for token, with the right answer.
+
+    Greedy decoding gives the answer if and only if each of its tokens is the argmax after the ones before it, so
+    one forward pass with the answer in place says what generating would.
+    """
+    samples, right = [], 0
+    for row in rows:
+        start, choices = ask(row, prompt)
+        samples.append(encode(tokenizer, start, choices[row["answer"]], context_of(model), where=row["where"]))
+    for i in range(0, len(samples), batch):
+        x = collate(samples[i:i + batch], tokenizer.pad_token_id or 0, model.device)
+        labels = x["labels"][:, 1:]
+        right += ((logits_of(model, x).argmax(-1) == labels) | (labels == IGNORE)).all(1).sum().item()
+    return right / len(rows)
+
+
+@torch.no_grad()
+def perplexity(model, tokenizer, rows, limit, batch=64):
+    """exp(mean negative log-probability of a label) over at most `limit` rows, evenly spaced through the file."""
+    rows = rows[::math.ceil(len(rows) / limit)]
+    samples, total, count = encode_rows(tokenizer, rows, 0, context_of(model)), 0.0, 0
+    for i in range(0, len(samples), batch):
+        x = collate(samples[i:i + batch], tokenizer.pad_token_id or 0, model.device)
+        logps, mask = token_logps(model, x)
+        total, count = total - logps.double().sum().item(), count + mask.sum().item()
+    return math.exp(min(total / count, 700.0))       # an unlearned model can pass fp64's largest exponent
+
+
+# ---- statistics -----------------------------------------------------------------------------------------------
+
+def mean_se(values):
+    """(mean, standard error of the mean); the error is None for a single value."""
+    v = np.asarray(values, dtype=float)
+    return float(v.mean()), float(v.std(ddof=1) / math.sqrt(len(v))) if len(v) > 1 else None
+
+
+def t_test(differences):
+    """(t, two-sided p) that the mean of n >= 2 paired differences is 0, by Student's t; None without any spread.
+
+    With t = sqrt(k) tan(a), k = n - 1, the density is proportional to cos(a)^(k-1): p is a ratio of two integrals.
+    """
+    mean, se = mean_se(differences)
+    if not se:
+        return None, None
+    k, t = len(differences) - 1, mean / se
+    area = lambda a: np.trapezoid(np.cos(np.linspace(a, math.pi / 2, 20001)) ** (k - 1), dx=math.pi / 2 - a)
+    return t, float(area(math.atan(abs(t) / math.sqrt(k))) / area(0.0))
+
+
+# ---- runs and tables ------------------------------------------------------------------------------------------
+
+def load_result(run):
+    """RUN/result.json of unlearn.py or data/tiny/prepare.py."""
+    path = Path(run) / "result.json"
+    if not path.is_file():
+        raise InputError(f"{path} is missing: {run} is not a run folder of unlearn.py")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as e:
+        raise InputError(f"{path}:{e.lineno}: not JSON ({e}): run unlearn.py again")
+
+
+def method(result):
+    """(short name, everything that must agree for runs to be averaged) of a run: its args but for seed and paths."""
+    args = result["args"]
+    if result["stage"] == "prepare":
+        name = "retrained" if args["exclude"] == "forget" else "target"
+    else:
+        name = args["loss"] + ("" if args["smooth"] == "none" else f"+{args['smooth']}")
+        name += " flipped" if args["sam_flip"] else ""
+    skip = ("seed", "out", "data", "model", "overwrite", "relearn", "device", "eval_every")
+    return name, json.dumps({k: v for k, v in args.items() if k not in skip}, sort_keys=True)
+
+
+def columns(run, metrics):
+    """One run as {column: number}: the scores of evaluate.json, then those of relearn.json where it exists."""
+    row = {"UE": metrics["UE"], "UT": metrics["UT"],
+           **{k: v for k, v in metrics.items() if k.startswith(("open", "ppl", "mcq"))}}
+    path = Path(run) / "relearn.json"
+    budgets = json.loads(path.read_text(encoding="utf-8"))["metrics"]["budgets"] if path.is_file() else []
+    for b in budgets:
+        tag = f"{b['samples']}" + (f"x{b['epochs']}" if b["epochs"] > 1 else "")
+        tag += f"@{b['lr']:g}" if b["lr"] != budgets[0]["lr"] else ""
+        row |= {f"UE {tag}": b["UE"], f"held out {tag}": b["UE_heldout"], f"UT {tag}": b["UT"]}
+    return {k: v for k, v in row.items() if v is not None}
+
+
+def score(run, args):
+    """(result.json, metrics) of one run folder; writes its evaluate.json, or reads it when it is up to date."""
+    start, run = time.time(), Path(run)
+    done, path = load_result(run), run / "evaluate.json"
+    settings = {"run": str(run), "data": args.data or done["args"]["data"], "ppl_rows": args.ppl_rows,
+                "device": args.device, "param_dtype": done["args"].get("param_dtype", "float32")}
+    if path.is_file() and not args.overwrite and path.stat().st_mtime >= (run / "result.json").stat().st_mtime:
+        old = json.loads(path.read_text(encoding="utf-8"))
+        if old["args"] == settings:
+            return done, old["metrics"]
+    questions, data = load_questions(settings["data"]), Path(settings["data"])
+    prompt = questions["prompt"]
+    model, tokenizer = load_model(run, args.device, getattr(torch, settings["param_dtype"]))
+    metrics = ue_ut(model, tokenizer, questions)
+    for name in questions.keys() - {"mcq_forget", "mcq_retain", "prompt"}:
+        metrics[name] = correct(model, tokenizer, questions[name], prompt).double().mean().item()
+    for part in ("forget", "retain"):
+        if prompt and f"mcq_{part}" in questions:
+            metrics[f"open_{part}"] = open_accuracy(model, tokenizer, questions[f"mcq_{part}"], prompt)
+        if (data / f"{part}.jsonl").is_file():
+            rows = read_jsonl(data / f"{part}.jsonl", text_row)
+            metrics[f"ppl_{part}"] = perplexity(model, tokenizer, rows, args.ppl_rows)
+    metrics |= {"template": prompt or LETTERS, "bos": tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]}
+    write_json(path, {"stage": "evaluate", "args": settings, **provenance(args.device, start), "metrics": metrics})
+    return done, metrics
+
+
+def table(rows):
+    """Text of rows of cells, the first of them the header; the first column to the left, the others to the right."""
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths)))
+                     for r in rows)
+
+
+def cell(mean, se):
+    """'.521 ±.030', or 'mean' alone for one run; a perplexity in the thousands in powers of ten."""
+    digits = lambda v: f"{v:.3f}" if abs(v) < 1000 else f"{v:.1e}"
+    return digits(mean) + ("" if se is None else f" ±{digits(se)}")
+
+
+def compare(group, base, keys):
+    """{column: {"mean", "t", "p", "n", "higher"}} of group - base, {seed: {column: number}} each, paired by seed."""
+    out = {}
+    for key in keys:
+        d = [group[s][key] - base[s][key] for s in sorted(group) if s in base and key in group[s] and key in base[s]]
+        if len(d) > 1:
+            t, p = t_test(d)
+            out[key] = {"mean": float(np.mean(d)), "t": t, "p": p, "n": len(d), "higher": sum(x > 0 for x in d)}
+    return out
+
+
+if __name__ == "__main__":
+    parser = make_parser(__doc__)
+    parser.add_argument("runs", nargs="+", help="folders of unlearn.py, or data/tiny/seedS/retrained")
+    parser.add_argument("--baseline", default=None, help="method to compare with, by seed (default: the first)")
+    parser.add_argument("--data", default=None, help="data folder (default: each run's own)")
+    parser.add_argument("--ppl_rows", type=number(int, 1), default=1024, help="most rows of a corpus for perplexity")
+    parser.add_argument("--json", default=None, metavar="PATH", help="write the table there as well")
+    parser.add_argument("--overwrite", action="store_true", help="score again what is up to date")
+    args = parser.parse_args()
+
+    with one_line_errors():
+        groups, names = defaultdict(dict), {}          # settings -> {seed: {column: number}}, settings -> name
+        for run in tqdm(args.runs, desc="scoring", unit="run", disable=len(args.runs) < 2):
+            done, metrics = score(run, args)
+            name, settings = method(done)
+            seed = done["args"]["seed"]
+            if seed in groups[settings]:
+                raise InputError(f"{run}: a second run of {name} with seed {seed} and the same settings; drop one")
+            groups[settings][seed], names[settings] = columns(run, metrics), name
+        for name in set(names.values()):               # same name, other settings: add what differs
+            twins = {s: json.loads(s) for s in names if names[s] == name}
+            values = {k: {json.dumps(p.get(k)) for p in twins.values()} for p in twins.values() for k in p}
+            for s, p in twins.items():
+                names[s] = name + "".join(f" {k}={p.get(k)}" for k in sorted(values) if len(values[k]) > 1)
+        base = next((s for s in groups if names[s] == args.baseline), None) if args.baseline else next(iter(groups))
+        if base is None:
+            raise InputError(f"--baseline {args.baseline}: not among {', '.join(names.values())}")
+
+        keys = list(dict.fromkeys(k for group in groups.values() for row in group.values() for k in row))
+        out = {"args": vars(args), "methods": {}, "paired": {}}
+        for s, group in groups.items():
+            stats = {k: mean_se([row[k] for row in group.values() if k in row]) for k in keys
+                     if any(k in row for row in group.values())}
+            out["methods"][names[s]] = {"rows": group, "mean": {k: v[0] for k, v in stats.items()},
+                                        "se": {k: v[1] for k, v in stats.items()}}
+            if s != base:
+                out["paired"][names[s]] = compare(group, groups[base], keys)
+        relearned = [k for k in keys if " " in k]      # "UE 20" and so on: a table of their own for each prefix
+        prefixes = list(dict.fromkeys(k.rsplit(" ", 1)[0] for k in relearned))
+        blocks = [("scores", [k for k in keys if k not in relearned])] + [
+            (f"{prefix} after relearning", [k for k in relearned if k.rsplit(" ", 1)[0] == prefix])
+            for prefix in prefixes]
+        for title, block in blocks:
+            print(f"\n{title}")
+            print(table([["method", "seeds"] + block] + [
+                [name, str(len(m["rows"]))] + [cell(m["mean"][k], m["se"][k]) if k in m["mean"] else "-" for k in block]
+                for name, m in out["methods"].items()]))
+        paired = [[name, key, f"{c['mean']:+.3f}", "-" if c["t"] is None else f"{c['t']:.1f}",
+                   "-" if c["p"] is None else f"{c['p']:.1g}", f"{c['higher']}/{c['n']}"]
+                  for name, by in out["paired"].items() for key, c in by.items() if key[:2] in ("UE", "he", "UT")]
+        if paired:
+            print(f"\ndifference to {names[base]}, paired by seed")
+            print(table([["method", "column", "difference", "t", "p", "higher"]] + paired))
+        if args.json:
+            write_json(args.json, out)

@@ -1,0 +1,288 @@
+"""Smoothed gradients for unlearning that lasts: SAM, RS, GP, CR and weight averaging. Needs only torch; copy it alone.
+
+A relearning attack is a small move of the weights. Each smoother turns the forget gradient g at theta into one that
+also holds nearby (arXiv 2502.05374, section 5; v = g/||g||, one global norm over all trainable parameters):
+
+    SAM   g(theta + rho v)                                         2 passes   paper rho = 0.01 (7B)
+    RS    mean of g(theta + sigma z) over K draws, z ~ N(0, I)     K passes   paper sigma = 1e-4, K = 3
+    GP    gradient of l + lam ||g||                                2 passes
+    CR    gradient of l + lam ||g(theta + mu v) - g(theta)||       4 passes
+    WA    no change to a step; save the running mean of theta      1 pass     last fifth of training, every 5 steps
+
+In your own loop, the retain gradient at the unperturbed weights:
+
+    sam = SAM(model.parameters(), rho=0.01)
+    forget_loss().backward()
+    with sam.perturbed():                  # ascent; restores bit for bit on the way out, also on an exception
+        forget_loss().backward()
+    (gamma * retain_loss()).backward()     # accumulates onto the SAM gradient
+    optimizer.step(); optimizer.zero_grad()
+
+Or give any smoother a closure that runs forward and backward of the whole forget batch, *adds* its gradient to p.grad
+and returns the loss: `loss = smoother(closure)` leaves the smoothed gradient in p.grad and returns the loss at theta.
+p.grad must be empty before. unlearn.py is the worked example.
+
+Precision: the perturbation is rounded to the parameter's dtype. `stats` says what was really applied: its norm and its
+cosine with v. In bf16 and with a small rho both can be far from what was asked for.
+Memory: SAM needs weights + gradient + saved weights; the ascent gradient's memory becomes the saved copy.
+"""
+from contextlib import contextmanager
+
+import torch
+
+
+# ---- the five operations on a list of tensors; everything else is built from these (the seam for faster kernels) ----
+
+def accumulator(dtype):
+    """The dtype to compute in: fp32 for half precision and fp32, fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def global_norm(tensors):
+    """||.||_2 over all tensors together, as a 0-dim tensor (fp32, or fp64 for fp64 input) on the first one's device."""
+    if not tensors:
+        return torch.zeros(())
+    norms = [torch.linalg.vector_norm(t, dtype=accumulator(t.dtype)) for t in tensors]
+    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+
+
+@torch.no_grad()
+def ascent_(params, directions, rho, saved, reuse=True, eps=1e-12):
+    """theta <- theta + rho * d / (||d|| + eps), in place; returns {norm, applied_norm, cosine} as 0-dim tensors.
+
+    saved: a list that grows by (parameter, old weights) *before* each parameter moves, so that restore_(saved) is right
+    even when this function is interrupted. reuse: the old weights go into the direction's own memory (its values are
+    lost); otherwise into a copy. A zero or non-finite norm moves nothing. No host sync.
+    """
+    norm = global_norm(directions)
+    ok = torch.isfinite(norm) & (norm > 0)
+    scale = torch.where(ok, rho / (norm + eps), 0.0)
+    moved, along = [], []
+    for p, d in zip(params, directions):     # one tensor at a time: the peak is the largest tensor, not the model
+        wide, s = d.to(accumulator(p.dtype)), scale.to(p.device)
+        old = p.to(wide.dtype)
+        new = torch.where(ok.to(p.device), old + s * wide, old).to(p.dtype)
+        step = new.to(wide.dtype) - old                        # what survived the rounding
+        moved.append(step.square().sum().to(norm.device))
+        along.append((step * wide).sum().to(norm.device))
+        if reuse and d.dtype == p.dtype:
+            saved.append((p, d.copy_(p)))
+        else:
+            saved.append((p, p.detach().clone()))
+        p.copy_(new)
+    applied = torch.stack(moved).sum().sqrt() if moved else norm
+    dot = torch.stack(along).sum() if along else norm
+    cosine = torch.where(ok & (applied > 0), dot / (applied * norm), 0.0)
+    return {"norm": norm, "applied_norm": applied, "cosine": cosine}
+
+
+@torch.no_grad()
+def restore_(saved):
+    """Copy the old weights back, bit for bit, and empty the list. A copy, never a subtraction."""
+    if saved:
+        torch._foreach_copy_([p for p, _ in saved], [w for _, w in saved])
+    saved.clear()
+
+
+@torch.no_grad()
+def noise_(params, sigma, seed):
+    """theta <- theta + sigma * z, z ~ N(0, I), in place. The same seed on the same device gives the same noise."""
+    generators = {}
+    for p in params:
+        if p.device not in generators:
+            generators[p.device] = torch.Generator(p.device).manual_seed(seed)
+        z = torch.randn(p.shape, generator=generators[p.device], device=p.device, dtype=accumulator(p.dtype))
+        p.copy_(p.to(z.dtype) + sigma * z)
+
+
+@torch.no_grad()
+def running_mean_(mean, params, count):
+    """mean <- mean + (theta - mean) / count, for the count-th set of weights; mean in fp32 whatever theta is."""
+    for m, p in zip(mean, params):
+        m.add_((p.to(m.dtype) - m) / count)
+
+
+# ---- helpers on p.grad ----
+
+def trainable(params):
+    """The parameters that train, each once (tied weights are one tensor), in the order given."""
+    return list({id(p): p for p in params if p.requires_grad}.values())
+
+
+def take_grads(params):
+    """Move the gradients out of p.grad: {parameter: gradient}, without those that have none. p.grad is None after."""
+    grads = {p: p.grad for p in params if p.grad is not None}
+    for p in params:
+        p.grad = None
+    return grads
+
+
+@torch.no_grad()
+def combine(params, terms):
+    """p.grad <- sum of coefficient * gradient over terms [(coefficient, {parameter: gradient})]; absent means zero."""
+    for p in params:
+        parts = [(c, g[p]) for c, g in terms if p in g]
+        wide = [c * g.to(accumulator(g.dtype)) for c, g in parts]
+        p.grad = sum(wide[1:], wide[0]).to(parts[0][1].dtype) if parts else None
+
+
+# ---- the smoothers ----
+
+class SAM:
+    """Sharpness-aware minimization (arXiv 2010.01412): the gradient at theta + rho g/||g||.
+
+    params: all trainable parameters; their gradients at theta must not leak into the result, so name all of them.
+    rho: radius >= 0 of the L2 ball, in units of weight. perturb: a subset to perturb (None = all); v is normalised over
+    the subset. flip: perturb along -g, a control that should do worse than no SAM at all.
+    stats: after a step {norm, applied_norm, cosine} as 0-dim tensors on the device (reading one stalls a GPU).
+    """
+
+    def __init__(self, params, rho=0.01, perturb=None, flip=False):
+        if not rho >= 0:
+            raise ValueError(f"SAM: rho must be 0 or more, got {rho}")
+        self.params, self.rho, self.sign = trainable(params), rho, -1.0 if flip else 1.0
+        self.perturb = self.params if perturb is None else trainable(perturb)
+        self.saved, self.stats = [], {}
+
+    def ascent(self, directions=None):
+        """Move the weights by rho along `directions` ({parameter: tensor}, kept), by default along p.grad, whose
+        memory then holds the old weights. p.grad is None afterwards."""
+        if self.saved:
+            raise RuntimeError("SAM: the weights are perturbed already; restore() first")
+        own = directions is None
+        grads = take_grads(self.params)
+        directions = grads if own else directions
+        params = [p for p in self.perturb if p in directions]
+        self.stats = ascent_(params, [directions[p] for p in params], self.sign * self.rho, self.saved, reuse=own)
+        self.stats["cosine"] = self.stats["cosine"] * self.sign        # with the direction asked for
+
+    def restore(self):
+        """Put the weights back, bit for bit."""
+        restore_(self.saved)
+
+    @contextmanager
+    def perturbed(self, directions=None):
+        """ascent on the way in, restore on the way out, whatever happens in between or during the ascent."""
+        try:
+            self.ascent(directions)
+            yield self
+        finally:
+            self.restore()
+
+    def __call__(self, closure):
+        """p.grad <- g(theta + rho v); returns the loss at theta."""
+        loss = closure()
+        with self.perturbed():
+            closure()
+        return loss
+
+
+class RS:
+    """Randomized smoothing (arXiv 1902.02918): mean of g(theta + sigma z) over `samples` draws of z ~ N(0, I).
+
+    Draw k of step t uses seed hash(seed, t, k), so that a step can be repeated. The loss is the mean over the draws.
+    """
+
+    def __init__(self, params, sigma=1e-4, samples=3, seed=0):
+        if not sigma >= 0 or samples < 1:
+            raise ValueError(f"RS: sigma must be 0 or more and samples 1 or more, got {sigma} and {samples}")
+        self.params, self.sigma, self.samples, self.seed = trainable(params), sigma, samples, seed
+        self.draws, self.stats = 0, {}
+
+    def __call__(self, closure):
+        saved, losses = [(p, p.detach().clone()) for p in self.params], []
+        try:
+            for _ in range(self.samples):
+                noise_(self.params, self.sigma, (self.seed * 1_000_003 + self.draws) % 2**63)
+                self.draws += 1
+                losses.append(closure())
+                restore_(list(saved))
+        finally:
+            restore_(saved)
+        for p in self.params:
+            if p.grad is not None:
+                p.grad.div_(self.samples)
+        return sum(losses) / self.samples
+
+
+class GP:
+    """Gradient penalty: the gradient of l + lam ||g||, that is g + lam H v, with the Hessian-vector product taken as
+    (g(theta + r v) - g(theta)) / r. With lam = r it is SAM with rho = r; a large r survives bf16, a small lam may not.
+    """
+
+    def __init__(self, params, lam=0.01, radius=0.01):
+        if not lam >= 0 or not radius > 0:
+            raise ValueError(f"GP: lam must be 0 or more and radius above 0, got {lam} and {radius}")
+        self.sam, self.weight = SAM(params, radius), lam / radius
+        self.params, self.stats = self.sam.params, {}
+
+    def __call__(self, closure):
+        loss = closure()
+        g0 = take_grads(self.params)
+        with self.sam.perturbed(g0):
+            closure()
+        self.stats = self.sam.stats
+        terms = [(self.weight, take_grads(self.params))]
+        combine(self.params, terms + [(1 - self.weight, g0)] * (self.weight != 1))
+        return loss
+
+
+class CR:
+    """Curvature regularization: the gradient of l + lam ||d||, d = g(theta + mu v) - g(theta), v held fixed as in CURE
+    (arXiv 1811.09716). With u = d/||d|| it is g + lam (H(theta + mu v) - H(theta)) u, each product a difference of
+    gradients over `radius` (None = mu). Four passes.
+    """
+
+    def __init__(self, params, lam=1.0, mu=0.01, radius=None):
+        radius = mu if radius is None else radius
+        if not lam >= 0 or not mu > 0 or not radius > 0:
+            raise ValueError(f"CR: lam must be 0 or more, mu and radius above 0, got {lam}, {mu} and {radius}")
+        self.sam, self.probe, self.weight = SAM(params, mu), SAM(params, radius), lam / radius
+        self.params, self.stats = self.sam.params, {}
+
+    def __call__(self, closure):
+        loss = closure()
+        g0 = take_grads(self.params)
+        with self.sam.perturbed(g0):
+            closure()
+            g1 = take_grads(self.params)
+            combine(self.params, [(1.0, g1), (-1.0, g0)])
+            d = take_grads(self.params)
+            with self.probe.perturbed(d):
+                closure()
+                g2 = take_grads(self.params)                         # at theta + mu v + r u
+        with self.probe.perturbed(d):
+            closure()
+            g3 = take_grads(self.params)                             # at theta + r u
+        self.stats, c = self.sam.stats, self.weight
+        combine(self.params, [(1.0 + c, g0), (-c, g1), (c, g2), (-c, g3)])
+        return loss
+
+
+class WA:
+    """Weight averaging (arXiv 1803.05407): the running mean of theta in fp32 over every call of update().
+
+    swap() writes the mean into the parameters, rounded to their dtype; the result to save and to evaluate.
+    """
+
+    def __init__(self, params):
+        self.params, self.count = trainable(params), 0
+        self.mean = None                                             # allocated at the first update
+
+    def update(self):
+        """Take the current weights into the mean."""
+        if self.mean is None:
+            self.mean = [torch.zeros_like(p, dtype=accumulator(p.dtype)) for p in self.params]
+        self.count += 1
+        running_mean_(self.mean, self.params, self.count)
+
+    @torch.no_grad()
+    def swap(self):
+        """Overwrite the weights with the mean; does nothing before the first update."""
+        if self.count:
+            torch._foreach_copy_([p.detach() for p in self.params], self.mean)
+
+
+def plain(closure):
+    """No smoothing: p.grad <- g(theta)."""
+    return closure()

@@ -1,0 +1,603 @@
+"""Unlearn a forget set and make it last: climb rho along the forget gradient, take the gradient there, return, step.
+
+    python unlearn.py                                  # laptop CPU, built-in data: NPO + SAM, attacked and scored
+    python unlearn.py --sam_rho 0                      # plain NPO, for comparison
+    python unlearn.py --loss graddiff --smooth gp+wa   # any loss with any smoother
+    python unlearn.py --model ORG/NAME --data FOLDER --lr 5e-6 --beta 0.015 --gamma 2.25 --sam_rho 0.01
+
+min over theta of  forget loss(theta + rho g/||g||) + gamma * retain loss(theta)   (arXiv 2502.05374)
+
+Reads DATA/{forget,retain,mcq_forget,mcq_retain}.jsonl (data/README.md has the formats). Writes OUT/model.safetensors,
+OUT/config.json, the tokenizer, OUT/result.json (args, metrics, every step) and OUT/relearn.json. Next: relearn.py
+attacks the result with other budgets, evaluate.py compares runs. UE = 1 - accuracy on questions about the forget set
+(four choices: .75 is chance), UT = accuracy on the rest.
+"""
+import argparse, copy, json, math, os, random, re, resource, shutil, subprocess, sys, time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sam import CR, GP, RS, SAM, WA, accumulator, plain
+
+TINY = Path(__file__).resolve().parent / "data" / "tiny"
+IGNORE = -100                                # the label of a token that no loss looks at: prompt and padding
+# Shapes: B samples, T tokens, V vocabulary, D width.
+
+
+# ---- input and output -----------------------------------------------------------------------------------------
+
+class InputError(ValueError):
+    """Something the user can mend: the message names the value, the place and the fix."""
+
+
+@contextmanager
+def one_line_errors():
+    """Turn an InputError into one line on stderr and exit status 2; anything else keeps its traceback."""
+    try:
+        yield
+    except InputError as e:
+        print("error: " + " ".join(str(e).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+def make_parser(doc):
+    """ArgumentParser with doc as its help, whose errors are one line and exit status 2."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+
+    def error(message):
+        print(f"error: {message} (--help lists every flag)", file=sys.stderr)
+        sys.exit(2)
+    parser.error = error
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="cpu, cuda, cuda:1, ...")
+    return parser
+
+
+def number(kind, low, above=False):
+    """argparse type: a finite int or float of at least `low`, or above it."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value < math.inf or (above and value == low):
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number {'above' if above else 'of at least'} "
+                                             f"{low}")
+        return value
+    parse.__name__ = kind.__name__           # argparse says "invalid int value"
+    return parse
+
+
+def read_jsonl(path, check):
+    """The rows of a JSON-lines file, each through check(row) -> row, which raises InputError on a bad one.
+
+    Every row also gets "where", its file and line, for the errors that only show later.
+    """
+    path, rows = Path(path), []
+    if not path.is_file():
+        raise InputError(f"{path} is missing: prepare the data (data/README.md) or point --data elsewhere")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path} is not UTF-8 ({e}): convert it")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(check(json.loads(line)) | {"where": f"{path}:{number}"})
+        except json.JSONDecodeError as e:
+            raise InputError(f"{path}:{number}: not JSON ({e}): one JSON object a line is expected")
+        except InputError as e:
+            raise InputError(f"{path}:{number}: {e}")
+    if not rows:
+        raise InputError(f"{path} has no rows: write at least one JSON object a line")
+    return rows
+
+
+def check_texts(row, *keys):
+    """Raise InputError unless row is a dict with a text that is not empty under each of keys."""
+    if not isinstance(row, dict) or not all(k in row for k in keys):
+        found = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
+        raise InputError(f"needs the keys {', '.join(keys)}, found {found or 'none'}: see data/README.md")
+    for key in keys:
+        if not isinstance(row[key], str) or not row[key].strip():
+            raise InputError(f'"{key}" is {row[key]!r}: give a text that is not empty')
+
+
+def text_row(row):
+    """Check a row of forget.jsonl or retain.jsonl: {"text"}, {"prompt", "completion"}, or a bare string."""
+    row = {"text": row} if isinstance(row, str) else row
+    check_texts(row, *(["prompt", "completion"] if isinstance(row, dict) and "prompt" in row and "text" not in row
+                       else ["text"]))
+    return row
+
+
+def write_json(path, value):
+    """Write JSON under a temporary name and rename it, so that a reader never sees half a file."""
+    tmp = Path(f"{path}.tmp{os.getpid()}")
+    tmp.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    tmp.replace(path)
+
+
+def provenance(device, start):
+    """What every result file says about its run: versions, commit, device, seconds, peak memory in GB."""
+    git = subprocess.run(["git", "-C", str(TINY.parent.parent), "describe", "--always", "--dirty"],
+                         capture_output=True, text=True)
+    cuda = torch.device(device).type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"versions": {"python": sys.version.split()[0], "torch": torch.__version__,
+                         "transformers": transformers.__version__}, "commit": git.stdout.strip() or None,
+            "device": torch.cuda.get_device_name() if cuda else str(device), "threads": torch.get_num_threads(),
+            "seconds": round(time.time() - start, 2), "peak_gb": round(peak / 1e9, 3)}
+
+
+def resolve_data(data, seed):
+    """The folder to read: data itself, or for the built-in benchmark the world of this seed, prepared if missing."""
+    if Path(data).resolve() != TINY:
+        if not Path(data).is_dir():
+            raise InputError(f"--data {data}: no such folder (data/README.md has the formats)")
+        return Path(data)
+    folder = Path(os.path.relpath(TINY / f"seed{seed}"))
+    if not (folder / "target" / "result.json").exists():
+        subprocess.run([sys.executable, str(TINY / "prepare.py"), "--seed", str(seed)], check=True)
+    return folder
+
+
+def load_model(name, device="cpu", dtype=torch.float32):
+    """(model, tokenizer) of a local folder or hub name. safetensors only, no remote code, dropout off."""
+    if not Path(name).is_dir() and str(name).count("/") != 1:
+        raise InputError(f"model {name}: neither a folder here nor a hub name ORG/NAME")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as e:
+        raise InputError(f"model {name} does not load: {e}")
+    # eval mode: with dropout the two passes of SAM, and the cached reference, would see different networks
+    return model.to(device).eval(), tokenizer
+
+
+def save_run(out, model, tokenizer, result):
+    """Write a whole run folder under a temporary name, then put it in the place of OUT, which parse_args checked."""
+    tmp = out.with_name(f"{out.name}.tmp{os.getpid()}")
+    model.save_pretrained(tmp)
+    tokenizer.save_pretrained(tmp)
+    write_json(tmp / "result.json", result)
+    if out.exists():
+        shutil.rmtree(out)
+    tmp.rename(out)
+
+
+def show(value):
+    """A metric with three digits, or a dash for one that the data does not allow."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+# ---- samples and batches --------------------------------------------------------------------------------------
+
+def context_of(model):
+    """The longest sequence in tokens that the model takes, 0 if its config does not say."""
+    return getattr(model.config, "max_position_embeddings", None) or 0
+
+
+def encode(tokenizer, prompt, completion, context, max_len=0, where=""):
+    """(ids, labels) of prompt + completion, tokenised together; the prompt's labels are IGNORE.
+
+    A sample longer than `context` tokens is an error, unless max_len > 0 says to cut it there.
+    """
+    ids = tokenizer(prompt + completion, verbose=False).input_ids
+    known = len(tokenizer(prompt, verbose=False).input_ids) if prompt else 0
+    if max_len:
+        ids = ids[:max_len]
+    if context and len(ids) > context:
+        raise InputError(f"{where}: {len(ids)} tokens, but the model's context is {context}: shorten the text, or cut "
+                         f"it with --max_len {context}")
+    labels = [IGNORE] * min(known, len(ids)) + ids[known:]
+    if all(label == IGNORE for label in labels[1:]):
+        raise InputError(f"{where}: no token to score ({len(ids)} tokens, {known} of them prompt): lengthen the text "
+                         f"or raise --max_len")
+    return ids, labels
+
+
+def encode_rows(tokenizer, rows, context, max_len=0):
+    """encode() for the rows of a corpus: all tokens of a text, or the completion of a prompt."""
+    return [encode(tokenizer, "", r["text"], context, max_len, r["where"]) if "text" in r else
+            encode(tokenizer, r["prompt"], r["completion"], context, max_len, r["where"]) for r in rows]
+
+
+def collate(samples, pad, device="cpu"):
+    """Right-padded {"input_ids", "attention_mask", "labels"}, each (B, T) int64; padding is never a label."""
+    width = max(len(ids) for ids, _ in samples)
+    rows = [(ids + [pad] * (width - len(ids)), [1] * len(ids) + [0] * (width - len(ids)),
+             labels + [IGNORE] * (width - len(ids))) for ids, labels in samples]
+    ids, mask, labels = (torch.tensor(x, device=device) for x in zip(*rows))
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def shuffled(n, size, rng):
+    """Endless lists of `size` indices below n: one shuffled pass after another."""
+    order = []
+    while True:
+        while len(order) < size:
+            order += rng.sample(range(n), n)
+        yield order[:size]
+        order = order[size:]
+
+
+def micro_batches(samples, picks, size, pad, device, ref=None):
+    """The picked samples as collated batches of at most `size`; each carries its part of ref, one value a sample."""
+    out = []
+    for i in range(0, len(picks), size):
+        out.append(collate([samples[j] for j in picks[i:i + size]], pad, device))
+        if ref is not None:
+            out[-1]["ref"] = ref[picks[i:i + size]].to(device)                                         # (B,)
+    return out
+
+
+# ---- log-probabilities and losses -----------------------------------------------------------------------------
+
+def logits_of(model, batch):
+    """(B, T-1, V): position t predicts token t+1."""
+    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+
+
+def token_logps(model, batch):
+    """log p(token t+1 | tokens to t) for every label, 0 where there is none; and the mask. Both (B, T-1)."""
+    logits, labels = logits_of(model, batch), batch["labels"][:, 1:]
+    logits = logits.to(accumulator(logits.dtype))              # (B, T-1, V): log-softmax in bf16 loses three digits
+    nll = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
+    return -nll, labels != IGNORE
+
+
+def sample_logps(model, batch, reduce="mean"):
+    """(B,) log-probability of each sample's labels: mean over tokens (the paper's code) or sum (the NPO paper)."""
+    logps, mask = token_logps(model, batch)
+    return logps.sum(1) / mask.sum(1) if reduce == "mean" else logps.sum(1)
+
+
+def forget_loss(name, logps, ref=None, beta=0.1, margin=0.0, chosen=None, chosen_ref=None):
+    """(B,) forget loss of each sample from its log-probability (B,); descending it unlearns.
+
+    ga, graddiff  logp
+    npo           -2/beta log sigmoid(-beta (logp - ref))                                    arXiv 2404.05868, eq. 3
+    simnpo        -2/beta log sigmoid(-beta logp - margin)                                   arXiv 2410.07163
+    dpo           -1/beta log sigmoid(beta (chosen - chosen_ref) - beta (logp - ref))        arXiv 2305.18290, eq. 7
+                  chosen: "I don't know" after the same prompt; rejected: the true answer
+    """
+    if name in ("ga", "graddiff"):
+        return logps
+    if name == "npo":
+        return -2 / beta * F.logsigmoid(-beta * (logps - ref))
+    if name == "simnpo":
+        return -2 / beta * F.logsigmoid(-beta * logps - margin)
+    assert name == "dpo", name
+    return -1 / beta * F.logsigmoid(beta * (chosen - chosen_ref) - beta * (logps - ref))
+
+
+def kl_sum(model, frozen, batch):
+    """Sum over the labelled tokens of KL(frozen || model) over the whole vocabulary; the caller divides."""
+    mask = batch["labels"][:, 1:] != IGNORE                                                            # (B, T-1)
+    with torch.no_grad():
+        q = logits_of(frozen, batch)[mask]                                                             # (labels, V)
+    p = logits_of(model, batch)[mask]
+    p, q = (x.to(accumulator(x.dtype)).log_softmax(-1) for x in (p, q))
+    return F.kl_div(p, q, log_target=True, reduction="sum")
+
+
+def hidden_states(model, batch, layer):
+    """(B, T, D) output of decoder layer `layer`, counted from 0."""
+    out = model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+                           output_hidden_states=True, use_cache=False)
+    return out.hidden_states[layer + 1]
+
+
+def distance_sum(hidden, goal, batch):
+    """RMU's distance (arXiv 2403.03218, section 4): sum over the real tokens of the mean over D of (hidden - goal)^2,
+    hidden (B, T, D) and goal the same or (D,); the caller divides by the number of tokens."""
+    return ((hidden - goal).to(accumulator(hidden.dtype)).square().mean(-1) * batch["attention_mask"]).sum()
+
+
+def forget_backward(model, micro, chosen, args, goal=None):
+    """Forward and backward of the whole forget batch, added to p.grad; returns its loss (0-dim). `micro` is a list of
+    micro-batches, `chosen` their preferred answers (dpo only). Each is divided by the count of the whole batch, so the
+    split changes nothing."""
+    count = sum(b["attention_mask"].sum() if args.loss == "rmu" else len(b["labels"]) for b in micro)
+    total = 0.0
+    for batch, other in zip(micro, chosen or [{}] * len(micro)):
+        if args.loss == "rmu":
+            loss = distance_sum(hidden_states(model, batch, args.rmu_layer), goal, batch)
+        else:
+            logps = sample_logps(model, batch, args.reduce)                                            # (B,)
+            other_logps = sample_logps(model, other, args.reduce) if other else None
+            loss = forget_loss(args.loss, logps, batch.get("ref"), args.beta, args.margin, other_logps,
+                               other.get("ref")).sum()
+        loss = loss / count
+        loss.backward()
+        total = total + loss.detach()
+    return total
+
+
+def retain_backward(model, micro, args, frozen=None):
+    """Forward and backward of the weighted retain loss of the whole batch, added to p.grad; returns it unweighted."""
+    weight, total = args.gamma, torch.zeros(())
+    if args.loss == "rmu":
+        weight, count = args.rmu_alpha, sum(b["attention_mask"].sum() for b in micro)
+    elif args.retain == "none":
+        return total
+    else:
+        count = sum((b["labels"][:, 1:] != IGNORE).sum() for b in micro)
+    for batch in micro:
+        if args.loss == "rmu":
+            with torch.no_grad():
+                kept = hidden_states(frozen, batch, args.rmu_layer)
+            loss = distance_sum(hidden_states(model, batch, args.rmu_layer), kept, batch)
+        elif args.retain == "kl":
+            loss = kl_sum(model, frozen, batch)
+        else:
+            loss = -token_logps(model, batch)[0].sum()                                                 # nll
+        loss = loss / count
+        (weight * loss).backward()
+        total = total + loss.detach().cpu()
+    return total
+
+
+@torch.no_grad()
+def reference_logps(model, samples, args, pad):
+    """(N,) log-probability of every sample under the model as it is now: NPO's constant, kept instead of a copy."""
+    parts = [sample_logps(model, collate(samples[i:i + args.micro_batch], pad, args.device), args.reduce).cpu()
+             for i in tqdm(range(0, len(samples), args.micro_batch), desc="reference", unit="batch", leave=False)]
+    return torch.cat(parts)
+
+
+# ---- the pieces of a run --------------------------------------------------------------------------------------
+
+def parse_smooth(text):
+    """'sam+wa' -> ('sam', True). One of none, sam, rs, gp, cr inside a step, and wa across steps, go together."""
+    parts = text.split("+")
+    for part in parts:
+        if part not in ("none", "sam", "rs", "gp", "cr", "wa"):
+            raise InputError(f"--smooth {text}: {part!r} is not one of none, sam, rs, gp, cr, wa")
+    base = [part for part in parts if part != "wa"]
+    if len(base) > 1:
+        raise InputError(f"--smooth {text} has no meaning: {' and '.join(base)} each define the forget gradient of a "
+                         f"step; choose one, and add +wa if you like")
+    if len(parts) - len(base) > 1 or ("none" in parts and len(parts) > 1):
+        raise InputError(f"--smooth {text} has no meaning: write wa")
+    return (base[0] if base else "none"), "wa" in parts
+
+
+def make_smoother(args, named):
+    """The smoother of args.smooth over named = [(name, parameter)] that train: a callable smoother(closure) -> loss."""
+    base, params = parse_smooth(args.smooth)[0], [p for _, p in named]
+    if base == "sam":
+        return SAM(params, args.sam_rho, perturb=[p for _, p in matching(named, "sam_modules", args.sam_modules)],
+                   flip=args.sam_flip)
+    if base == "rs":
+        return RS(params, args.rs_sigma, args.rs_samples, args.seed)
+    if base == "gp":
+        return GP(params, args.gp_lambda, args.gp_radius)
+    if base == "cr":
+        return CR(params, args.cr_lambda, args.cr_mu)
+    return plain
+
+
+def matching(named, flag, pattern):
+    """The (name, parameter) pairs whose name contains a match of pattern."""
+    some = [(n, p) for n, p in named if re.search(pattern, n)]
+    if not some:
+        raise InputError(f"--{flag} {pattern!r} matches no parameter: the names go from {named[0][0]} to {named[-1][0]}")
+    return some
+
+
+def learning_rate(step, steps, peak, warmup, decay):
+    """Rate of a step counted from 0: linear warm-up over the share `warmup`, then constant or linear to 0."""
+    ramp = min(1.0, (step + 1) / max(1, round(warmup * steps)))
+    return peak * ramp * (1 - step / steps if decay == "linear" else 1.0)
+
+
+def precision_warning(applied, cosine, radius, dtype):
+    """One line when the perturbation that the weights' precision let through is not the one asked for, else None."""
+    if 0.5 < applied / radius < 2 and cosine > 0.9:
+        return None
+    return (f"precision: in {dtype} a perturbation of norm {radius:g} became one of norm {applied:.3g} with cosine "
+            f"{cosine:.2f} to the gradient; use fp32 weights, a larger rho, or gp, whose radius may be large")
+
+
+def parse_args(argv=None):
+    """The flags, checked and completed, so that vars(args) is what runs; argv None = the command line."""
+    p, flag = make_parser(__doc__), argparse.BooleanOptionalAction
+    some, real, above = number(int, 1), number(float, 0), number(float, 0, above=True)
+    # what to unlearn, and where to write
+    p.add_argument("--model", default=None, help="Hugging Face folder or hub name (default: the built-in target)")
+    p.add_argument("--data", default=os.path.relpath(TINY), help="folder with forget.jsonl, ... (default: built-in)")
+    p.add_argument("--out", default=None, help="run folder (default: out/LOSS+SMOOTH-sSEED)")
+    p.add_argument("--seed", type=number(int, 0), default=0, help="of batches and noise; built-in: of world and target too")
+    p.add_argument("--overwrite", action=flag, default=False, help="replace OUT when it exists")
+    p.add_argument("--param_dtype", choices=["float32", "bfloat16"], default="float32",
+                   help="of the weights; bfloat16 halves memory and swallows most of a small perturbation")
+    # the objective; "7B" is what the paper used for Zephyr-7B on WMDP-Bio
+    p.add_argument("--loss", choices=["npo", "graddiff", "ga", "simnpo", "dpo", "rmu"], default="npo",
+                   help="on the forget set; ga has no retain term, dpo needs rows with prompt and completion")
+    p.add_argument("--retain", choices=["nll", "kl", "none"], default=None,
+                   help="on the retain set (default nll; ga has none, rmu its own); kl keeps a frozen model")
+    p.add_argument("--beta", type=above, default=0.5, help="of npo, simnpo, dpo; 7B: .0225 npo, .015 npo+sam")
+    p.add_argument("--gamma", type=real, default=1.0, help="weight of the retain loss; 7B: 1 npo, 2.25 npo+sam")
+    p.add_argument("--margin", type=real, default=0.0, help="of simnpo, in nats")
+    p.add_argument("--reduce", choices=["mean", "sum"], default="mean", help="a sample's log-probability over tokens")
+    p.add_argument("--idk_text", default="I don't know.", help="the preferred answer of dpo")
+    p.add_argument("--rmu_layer", type=int, default=-1, help="counted from 0; 7B: 7 (default: 7/32 of the depth)")
+    p.add_argument("--rmu_c", type=real, default=6.5, help="length of rmu's random goal; 7B: 6.5 or 20")
+    p.add_argument("--rmu_alpha", type=real, default=1200.0, help="weight of rmu's retain term; 7B: 1200")
+    # the smoother
+    p.add_argument("--smooth", default="sam", help="none, sam, rs, gp, cr, wa, or one of them +wa")
+    p.add_argument("--sam_rho", type=real, default=0.1, help="radius of sam, 0 = none; 7B: .01")
+    p.add_argument("--sam_modules", default="", metavar="REGEX", help="perturb only parameters whose name matches")
+    p.add_argument("--sam_flip", action=flag, default=False, help="control: step down instead of up the gradient")
+    p.add_argument("--rs_sigma", type=real, default=0.01, help="rs's noise on every weight; 7B: 1e-4")
+    p.add_argument("--rs_samples", type=some, default=3, help="draws of rs a step; 7B: 3")
+    p.add_argument("--gp_lambda", type=real, default=0.1, help="weight of gp's ||g||")
+    p.add_argument("--gp_radius", type=above, default=0.01, help="finite-difference step of gp")
+    p.add_argument("--cr_mu", type=above, default=0.1, help="radius of cr; 7B: .01")
+    p.add_argument("--cr_lambda", type=real, default=0.1, help="weight of cr; 7B: 10, on a gradient that was zero")
+    p.add_argument("--wa_start", type=int, default=-1, help="first step averaged (default: 4/5 in); 7B: 100 of 125")
+    p.add_argument("--wa_every", type=some, default=5, help="steps between averaged weights; 7B: 5")
+    # training
+    p.add_argument("--steps", type=some, default=160, help="7B: 125")
+    p.add_argument("--batch_size", type=some, default=32, help="forget samples, and as many retain, a step; 7B: 4")
+    p.add_argument("--micro_batch", type=number(int, 0), default=0, help="samples a pass (0 = batch_size); same update")
+    p.add_argument("--lr", type=above, default=4e-4, help="of AdamW; 7B: 5e-6")
+    p.add_argument("--warmup", type=real, default=0.1, help="share of the steps")
+    p.add_argument("--decay", choices=["none", "linear"], default="none", help="after warm-up; 7B: linear")
+    p.add_argument("--weight_decay", type=real, default=0.0, help="of AdamW")
+    p.add_argument("--clip", type=real, default=1.0, help="largest gradient norm, 0 = no clipping")
+    p.add_argument("--train_modules", default="", metavar="REGEX",
+                   help="train only matching parameters (default all; rmu: down_proj of its layer and two below)")
+    p.add_argument("--max_len", type=number(int, 0), default=0, help="cut samples to so many tokens (0: too long = error)")
+    # measuring
+    p.add_argument("--stop_ue", type=real, default=0.0, help="stop once UE reaches this (0 = fixed steps)")
+    p.add_argument("--eval_every", type=number(int, 0), default=0, help="steps between UE on the curve (0: 5 with stop_ue)")
+    p.add_argument("--relearn", action=flag, default=True, help="attack the result with relearn.py's defaults")
+    args = p.parse_args(argv)
+
+    base, averaged = parse_smooth(args.smooth)
+    if base == "sam" and args.sam_rho == 0:                        # a radius of 0 is no smoother: say what runs
+        base, args.smooth = "none", "wa" if averaged else "none"
+    for name in ("sam_flip", "sam_modules"):
+        if getattr(args, name) and base != "sam":
+            raise InputError(f"--{name}: there is no SAM perturbation with --smooth {args.smooth}; drop one of them")
+    for name in ("sam_modules", "train_modules"):
+        try:
+            re.compile(getattr(args, name))
+        except re.error as e:
+            raise InputError(f"--{name} {getattr(args, name)!r} is not a regular expression: {e}")
+    if args.loss in ("ga", "rmu") and args.retain not in (None, "none"):
+        raise InputError(f"--retain {args.retain}: " + ("ga has no retain term; use --loss graddiff" if args.loss == "ga"
+                         else "rmu brings its own, weighted by --rmu_alpha; drop --retain"))
+    args.retain = args.retain or ("none" if args.loss in ("ga", "rmu") else "nll")
+    args.micro_batch = args.micro_batch or args.batch_size
+    args.wa_start = args.steps * 4 // 5 if args.wa_start < 0 else args.wa_start
+    if averaged and args.wa_start >= args.steps:
+        raise InputError(f"--wa_start {args.wa_start}: nothing to average in {args.steps} steps; start earlier")
+    args.eval_every = args.eval_every or (5 if args.stop_ue else 0)
+    suffix = ("" if args.smooth == "none" else f"+{args.smooth}") + ("-flip" if args.sam_flip else "")
+    args.out = args.out or f"out/{args.loss}{suffix}-s{args.seed}"
+    if Path(args.out).exists() and not args.overwrite:
+        raise InputError(f"--out {args.out} exists: choose another name, or replace it with --overwrite")
+    return args
+
+
+if __name__ == "__main__":
+    import evaluate, relearn                 # both build on this file, so they come in here and not at the top
+
+    with one_line_errors():
+        # -- setup
+        args, start = parse_args(), time.time()
+        folder, out = resolve_data(args.data, args.seed), Path(args.out)
+        args.data = str(folder)
+        args.model = args.model or (str(folder / "target") if folder.resolve().parent == TINY else None)
+        if args.model is None:
+            raise InputError(f"--data {args.data}: name the model to unlearn with --model")
+        rng = random.Random(args.seed)
+        torch.manual_seed(args.seed)
+
+        # -- data and model
+        forget_rows = read_jsonl(folder / "forget.jsonl", text_row)
+        retain_rows = read_jsonl(folder / "retain.jsonl", text_row)
+        questions = evaluate.load_questions(folder)
+        if args.stop_ue and "mcq_forget" not in questions:
+            raise InputError(f"--stop_ue {args.stop_ue}: needs {folder / 'mcq_forget.jsonl'}, which is missing")
+        model, tokenizer = load_model(args.model, args.device, getattr(torch, args.param_dtype))
+        context, pad = context_of(model), tokenizer.pad_token_id or 0
+        forget = encode_rows(tokenizer, forget_rows, context, args.max_len)
+        retain = encode_rows(tokenizer, retain_rows, context, args.max_len)
+        before = evaluate.ue_ut(model, tokenizer, questions)
+        print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {args.param_dtype} on "
+              f"{args.device}; {len(forget):,} forget and {len(retain):,} retain samples")
+
+        # -- constants of the loss, from the model as it is
+        ref = chosen = chosen_ref = frozen = goal = None
+        if args.loss == "dpo":
+            for row in forget_rows:
+                if "prompt" not in row or "completion" not in row:
+                    raise InputError(f"{row['where']}: --loss dpo needs prompt and completion, found only a text")
+            pairs = [[encode(tokenizer, r["prompt"], answer or r["completion"], context, args.max_len, r["where"])
+                      for r in forget_rows] for answer in (None, " " + args.idk_text)]
+            forget, chosen = pairs
+            chosen_ref = reference_logps(model, chosen, args, pad)
+        if args.loss in ("npo", "dpo"):
+            ref = reference_logps(model, forget, args, pad)
+        if args.loss == "rmu" or args.retain == "kl":
+            frozen = copy.deepcopy(model).requires_grad_(False)    # the only two that need a second model
+        if args.loss == "rmu":
+            depth = model.config.num_hidden_layers
+            args.rmu_layer = depth * 7 // 32 if args.rmu_layer < 0 else args.rmu_layer
+            if args.rmu_layer > depth - 2:
+                raise InputError(f"--rmu_layer {args.rmu_layer}: choose 0 to {depth - 2}, the model has {depth} layers")
+            args.train_modules = args.train_modules or "layers\\.({})\\.mlp\\.down_proj".format(
+                "|".join(str(i) for i in range(max(0, args.rmu_layer - 2), args.rmu_layer + 1)))
+            goal = torch.rand(model.config.hidden_size)            # entries uniform on [0, 1), as published
+            goal = (args.rmu_c * goal / goal.norm()).to(model.device, model.dtype)                     # (D,)
+
+        # -- what trains, and how
+        named = matching(list(model.named_parameters()), "train_modules", args.train_modules)
+        params = [p for _, p in named]
+        model.requires_grad_(False)
+        for p in params:
+            p.requires_grad_(True)
+        smoother, average = make_smoother(args, named), WA(params) if parse_smooth(args.smooth)[1] else None
+        radius = {"sam": args.sam_rho, "gp": args.gp_radius, "cr": args.cr_mu}.get(parse_smooth(args.smooth)[0])
+        optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay)
+
+        # -- the loop
+        forget_picks, retain_picks = (shuffled(len(s), args.batch_size, rng) for s in (forget, retain))
+        curve, warning = [], None
+        bar = tqdm(range(args.steps), desc=f"{args.loss}+{args.smooth}", unit="step")
+        for step in bar:
+            tick = time.time()
+            optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr, args.warmup, args.decay)
+            f, r, how = next(forget_picks), next(retain_picks), (args.micro_batch, pad, args.device)
+            f_micro, r_micro = micro_batches(forget, f, *how, ref), micro_batches(retain, r, *how)
+            c_micro = micro_batches(chosen, f, *how, chosen_ref) if chosen else None
+
+            f_loss = smoother(lambda: forget_backward(model, f_micro, c_micro, args, goal))   # fills p.grad, smoothed
+            r_loss = retain_backward(model, r_micro, args, frozen)                            # adds to it, at theta
+            norm = torch.nn.utils.clip_grad_norm_(params, args.clip or math.inf)
+
+            values = {"forget": f_loss, "retain": r_loss, "grad_norm": norm, **getattr(smoother, "stats", {})}
+            values = dict(zip(values, torch.stack([v.double().cpu() for v in values.values()]).tolist()))
+            if not all(map(math.isfinite, values.values())):       # the one stall of a step: NaN must not reach theta
+                raise InputError(f"step {step + 1}: a loss or gradient is not finite ({values}); stopped, nothing "
+                                 f"written; lower --lr or --sam_rho, or use --param_dtype float32")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if average and step >= args.wa_start and (step - args.wa_start) % args.wa_every == 0:
+                average.update()
+
+            point = {"step": step + 1, "lr": optimizer.param_groups[0]["lr"], **values,
+                     "seconds": round(time.time() - tick, 4)}
+            if radius and not warning and point["norm"] > 0:
+                warning = precision_warning(point["applied_norm"], point["cosine"], radius, args.param_dtype)
+                tqdm.write(warning, file=sys.stderr) if warning else None
+            if args.eval_every and (step + 1) % args.eval_every == 0:
+                point["UE"] = evaluate.ue_ut(model, tokenizer, questions, only_forget=True)["UE"]
+            curve.append(point)
+            bar.set_postfix({k: f"{point[k]:.3g}" for k in ("forget", "retain", "applied_norm", "cosine", "UE")
+                             if point.get(k) is not None})
+            if args.stop_ue and point.get("UE", 0) >= args.stop_ue:
+                break
+        if average:
+            average.swap()                                         # the mean is what is scored, saved and attacked
+
+        # -- score, save, attack
+        after = evaluate.ue_ut(model, tokenizer, questions)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_run(out, model, tokenizer, {"stage": "unlearn", "args": vars(args), **provenance(args.device, start),
+                                         "metrics": {"before": before, "after": after}, "curve": curve})
+        for name, scores in (("before", before), ("after", after)):
+            print(f"{name:7s} UE {show(scores['UE'])}  UT {show(scores['UT'])}")
+        if args.relearn:
+            model.requires_grad_(True)
+            relearn.main(relearn.parse_args([str(out), "--device", args.device]), model, tokenizer)
+        print(f"{time.time() - start:.0f} s in all; wrote {out}/")

@@ -1,13 +1,14 @@
-"""Smoothed gradients for unlearning that lasts: SAM, RS, GP, CR and weight averaging. Needs only torch; copy it alone.
+"""Smoothed gradients for unlearning that lasts: SAM, RS, GP, CR, weight averaging. Needs only torch; copy it.
 
-A relearning attack is a small move of the weights. Each smoother turns the forget gradient g at theta into one that
-also holds nearby (arXiv 2502.05374, section 5; v = g/||g||, one global norm over all trainable parameters):
+A relearning attack is a small move of the weights. Each smoother turns the forget gradient g at theta into
+one that also holds nearby (arXiv 2502.05374, section 5; v = g/||g||, one global norm over all trainable
+parameters):
 
     SAM   g(theta + rho v)                                         2 passes   paper rho = 0.01 (7B)
     RS    mean of g(theta + sigma z) over K draws, z ~ N(0, I)     K passes   paper sigma = 1e-4, K = 3
     GP    gradient of l + lam ||g||                                2 passes
     CR    gradient of l + lam ||g(theta + mu v) - g(theta)||       4 passes
-    WA    no change to a step; save the running mean of theta      1 pass     last fifth of training, every 5 steps
+    WA    no change to a step; save the running mean of theta      1 pass     last fifth of training
 
 In your own loop, the retain gradient at the unperturbed weights:
 
@@ -18,12 +19,12 @@ In your own loop, the retain gradient at the unperturbed weights:
     (gamma * retain_loss()).backward()     # accumulates onto the SAM gradient
     optimizer.step(); optimizer.zero_grad()
 
-Or give any smoother a closure that runs forward and backward of the whole forget batch, *adds* its gradient to p.grad
-and returns the loss: `loss = smoother(closure)` leaves the smoothed gradient in p.grad and returns the loss at theta.
-p.grad must be empty before. unlearn.py is the worked example.
+Or give any smoother a closure that runs forward and backward of the whole forget batch, *adds* its gradient
+to p.grad and returns the loss: `loss = smoother(closure)` leaves the smoothed gradient in p.grad and returns
+the loss at theta. p.grad must be empty before. unlearn.py is the worked example.
 
-Precision: the perturbation is rounded to the parameter's dtype. `stats` says what was really applied: its norm and its
-cosine with v. In bf16 and with a small rho both can be far from what was asked for.
+Precision: the perturbation is rounded to the parameter's dtype. `stats` says what was really applied: its
+norm and its cosine with v. In bf16 and with a small rho both can be far from what was asked for.
 Memory: SAM needs weights + gradient + saved weights; the ascent gradient's memory becomes the saved copy.
 """
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from contextlib import contextmanager
 import torch
 
 
-# ---- the five operations on a list of tensors; everything else is built from these (the seam for faster kernels) ----
+# ---- five operations on lists of tensors; faster kernels would replace these -------------------------------
 
 def accumulator(dtype):
     """The dtype to compute in: fp32 for half precision and fp32, fp64 for fp64."""
@@ -39,7 +40,7 @@ def accumulator(dtype):
 
 
 def global_norm(tensors):
-    """||.||_2 over all tensors together, as a 0-dim tensor (fp32, or fp64 for fp64 input) on the first one's device."""
+    """||.||_2 over all tensors together: 0-dim, fp32 (fp64 for fp64 input), on the device of the first."""
     if not tensors:
         return torch.zeros(())
     norms = [torch.linalg.vector_norm(t, dtype=accumulator(t.dtype)) for t in tensors]
@@ -48,17 +49,17 @@ def global_norm(tensors):
 
 @torch.no_grad()
 def ascent_(params, directions, rho, saved, reuse=True, eps=1e-12):
-    """theta <- theta + rho * d / (||d|| + eps), in place; returns {norm, applied_norm, cosine} as 0-dim tensors.
+    """theta <- theta + rho * d / (||d|| + eps) in place; returns 0-dim {norm, applied_norm, cosine}.
 
-    saved: a list that grows by (parameter, old weights) *before* each parameter moves, so that restore_(saved) is right
-    even when this function is interrupted. reuse: the old weights go into the direction's own memory (its values are
-    lost); otherwise into a copy. A zero or non-finite norm moves nothing. No host sync.
+    saved: a list that grows by (parameter, old weights) *before* a parameter moves, so that restore_(saved)
+    is right even when this function is interrupted. reuse: the old weights go into the direction's own memory
+    (its values are lost); otherwise into a copy. A zero or non-finite norm moves nothing. No host sync.
     """
     norm = global_norm(directions)
     ok = torch.isfinite(norm) & (norm > 0)
     scale = torch.where(ok, rho / (norm + eps), 0.0)
     moved, along = [], []
-    for p, d in zip(params, directions):     # one tensor at a time: the peak is the largest tensor, not the model
+    for p, d in zip(params, directions):     # one at a time: the peak is the largest tensor, not the model
         wide, s = d.to(accumulator(p.dtype)), scale.to(p.device)
         old = p.to(wide.dtype)
         new = torch.where(ok.to(p.device), old + s * wide, old).to(p.dtype)
@@ -86,7 +87,7 @@ def restore_(saved):
 
 @torch.no_grad()
 def noise_(params, sigma, seed):
-    """theta <- theta + sigma * z, z ~ N(0, I), in place. The same seed on the same device gives the same noise."""
+    """theta <- theta + sigma * z in place, z ~ N(0, I). Same seed, same device: same noise."""
     generators = {}
     for p in params:
         if p.device not in generators:
@@ -97,12 +98,12 @@ def noise_(params, sigma, seed):
 
 @torch.no_grad()
 def running_mean_(mean, params, count):
-    """mean <- mean + (theta - mean) / count, for the count-th set of weights; mean in fp32 whatever theta is."""
+    """mean <- mean + (theta - mean) / count in place, for the count-th weights; mean is fp32 or wider."""
     for m, p in zip(mean, params):
         m.add_((p.to(m.dtype) - m) / count)
 
 
-# ---- helpers on p.grad ----
+# ---- helpers on p.grad ------------------------------------------------------------------------------------
 
 def trainable(params):
     """The parameters that train, each once (tied weights are one tensor), in the order given."""
@@ -110,7 +111,7 @@ def trainable(params):
 
 
 def take_grads(params):
-    """Move the gradients out of p.grad: {parameter: gradient}, without those that have none. p.grad is None after."""
+    """Move the gradients out of p.grad, which is None after: {parameter: gradient} where there is one."""
     grads = {p: p.grad for p in params if p.grad is not None}
     for p in params:
         p.grad = None
@@ -119,22 +120,22 @@ def take_grads(params):
 
 @torch.no_grad()
 def combine(params, terms):
-    """p.grad <- sum of coefficient * gradient over terms [(coefficient, {parameter: gradient})]; absent means zero."""
+    """p.grad <- sum of coefficient * gradient over terms = [(coefficient, {parameter: gradient})]."""
     for p in params:
         parts = [(c, g[p]) for c, g in terms if p in g]
         wide = [c * g.to(accumulator(g.dtype)) for c, g in parts]
         p.grad = sum(wide[1:], wide[0]).to(parts[0][1].dtype) if parts else None
 
 
-# ---- the smoothers ----
+# ---- the smoothers ----------------------------------------------------------------------------------------
 
 class SAM:
     """Sharpness-aware minimization (arXiv 2010.01412): the gradient at theta + rho g/||g||.
 
-    params: all trainable parameters; their gradients at theta must not leak into the result, so name all of them.
-    rho: radius >= 0 of the L2 ball, in units of weight. perturb: a subset to perturb (None = all); v is normalised over
-    the subset. flip: perturb along -g, a control that should do worse than no SAM at all.
-    stats: after a step {norm, applied_norm, cosine} as 0-dim tensors on the device (reading one stalls a GPU).
+    params: all trainable parameters; their gradients at theta must not leak into the result, so name all of
+    them. rho: radius >= 0 of the L2 ball, in units of weight. perturb: a subset to perturb (None = all); v is
+    normalised over the subset. flip: perturb along -g, a control that should do worse than no SAM at all.
+    stats: after a step {norm, applied_norm, cosine} as 0-dim tensors (reading one stalls a GPU).
     """
 
     def __init__(self, params, rho=0.01, perturb=None, flip=False):
@@ -145,15 +146,16 @@ class SAM:
         self.saved, self.stats = [], {}
 
     def ascent(self, directions=None):
-        """Move the weights by rho along `directions` ({parameter: tensor}, kept), by default along p.grad, whose
-        memory then holds the old weights. p.grad is None afterwards."""
+        """Move the weights by rho along `directions` ({parameter: tensor}, kept), by default along p.grad,
+        whose memory then holds the old weights. p.grad is None afterwards."""
         if self.saved:
             raise RuntimeError("SAM: the weights are perturbed already; restore() first")
         own = directions is None
         grads = take_grads(self.params)
         directions = grads if own else directions
         params = [p for p in self.perturb if p in directions]
-        self.stats = ascent_(params, [directions[p] for p in params], self.sign * self.rho, self.saved, reuse=own)
+        along, radius = [directions[p] for p in params], self.sign * self.rho
+        self.stats = ascent_(params, along, radius, self.saved, reuse=own)
         self.stats["cosine"] = self.stats["cosine"] * self.sign        # with the direction asked for
 
     def restore(self):
@@ -178,9 +180,9 @@ class SAM:
 
 
 class RS:
-    """Randomized smoothing (arXiv 1902.02918): mean of g(theta + sigma z) over `samples` draws of z ~ N(0, I).
+    """Randomized smoothing (arXiv 1902.02918): mean of g(theta + sigma z) over `samples` draws, z ~ N(0, I).
 
-    Draw k of step t uses seed hash(seed, t, k), so that a step can be repeated. The loss is the mean over the draws.
+    The k-th draw since the start is seeded by (seed, k). The loss returned is the mean over the draws.
     """
 
     def __init__(self, params, sigma=1e-4, samples=3, seed=0):
@@ -206,8 +208,8 @@ class RS:
 
 
 class GP:
-    """Gradient penalty: the gradient of l + lam ||g||, that is g + lam H v, with the Hessian-vector product taken as
-    (g(theta + r v) - g(theta)) / r. With lam = r it is SAM with rho = r; a large r survives bf16, a small lam may not.
+    """Gradient penalty: the gradient of l + lam ||g||, that is g + lam H v, with the Hessian-vector product
+    taken as (g(theta + r v) - g(theta)) / r. With lam = r it is SAM with rho = r.
     """
 
     def __init__(self, params, lam=0.01, radius=0.01):
@@ -228,15 +230,16 @@ class GP:
 
 
 class CR:
-    """Curvature regularization: the gradient of l + lam ||d||, d = g(theta + mu v) - g(theta), v held fixed as in CURE
-    (arXiv 1811.09716). With u = d/||d|| it is g + lam (H(theta + mu v) - H(theta)) u, each product a difference of
-    gradients over `radius` (None = mu). Four passes.
+    """Curvature regularization: the gradient of l + lam ||d||, d = g(theta + mu v) - g(theta), v held fixed
+    as in CURE (arXiv 1811.09716). With u = d/||d|| it is g + lam (H(theta + mu v) - H(theta)) u, each product
+    a difference of gradients over `radius` (None = mu). Four passes.
     """
 
     def __init__(self, params, lam=1.0, mu=0.01, radius=None):
         radius = mu if radius is None else radius
         if not lam >= 0 or not mu > 0 or not radius > 0:
-            raise ValueError(f"CR: lam must be 0 or more, mu and radius above 0, got {lam}, {mu} and {radius}")
+            raise ValueError(
+                f"CR: lam must be 0 or more, mu and radius above 0, got {lam}, {mu} and {radius}")
         self.sam, self.probe, self.weight = SAM(params, mu), SAM(params, radius), lam / radius
         self.params, self.stats = self.sam.params, {}
 

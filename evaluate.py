@@ -1,4 +1,4 @@
-"""Score models and compare methods: multiple choice, open questions, perplexity, and what relearning brings back.
+"""Score models and compare methods: multiple choice, open questions, perplexity, what relearning brings back.
 
     python evaluate.py out/npo-s0 out/npo+sam-s0      # one table; about 2 s a run the first time
     python evaluate.py out/* --baseline npo           # runs that differ only in seed become mean and standard
@@ -7,9 +7,9 @@
 Reads RUN/result.json, the model beside it, DATA/*.jsonl and, where it exists, RUN/relearn.json. Writes
 RUN/evaluate.json (kept while it is newer than the model) and, with --json, the table.
 
-Multiple choice alone overstates forgetting (arXiv 2510.07626), so open questions are asked too: the share whose
-answer is, token for token, what the model says greedily. UE = 1 - accuracy on mcq_forget, UT = accuracy on
-mcq_retain.
+Multiple choice alone overstates forgetting (arXiv 2510.07626), so open questions are asked too: the share
+whose answer is, token for token, what the model says greedily. UE = 1 - accuracy on mcq_forget, UT = accuracy
+on mcq_retain.
 """
 import json, math, time
 from collections import defaultdict
@@ -20,18 +20,18 @@ import torch
 from tqdm import tqdm
 
 from sam import accumulator
-from unlearn import (IGNORE, InputError, check_texts, collate, context_of, encode, encode_rows, load_model, logits_of,
-                     make_parser, number, one_line_errors, provenance, read_jsonl, show, text_row, token_logps,
-                     write_json)
+from unlearn import (IGNORE, InputError, check_texts, collate, context_of, encode, encode_rows, load_model,
+                     logits_of, make_parser, number, one_line_errors, provenance, read_jsonl, show, text_row,
+                     token_logps, write_json)
 
 LETTERS = ("The following are multiple choice questions (with answers) about {subject}.\n\n{question}\n"
            "A. {0}\nB. {1}\nC. {2}\nD. {3}\nAnswer:")      # the prompt of lm-evaluation-harness, 0-shot
 
 
-# ---- questions ------------------------------------------------------------------------------------------------
+# ---- questions --------------------------------------------------------------------------------------------
 
 def mcq_row(row):
-    """Check a row of mcq_*.jsonl: {"question", "choices": [4 texts], "answer": 0-3, optional "subject", "fact"}."""
+    """Check a row of mcq_*.jsonl: {"question", "choices": [4 texts], "answer": 0-3}."""
     check_texts(row, "question")
     choices = row.get("choices")
     if not isinstance(choices, list) or len(choices) != 4 or not all(isinstance(c, str) and c.strip()
@@ -43,10 +43,10 @@ def mcq_row(row):
 
 
 def load_questions(folder):
-    """{"mcq_forget": rows, "mcq_retain": rows, ..., "prompt": template or None} of a data folder's mcq_*.jsonl.
+    """A data folder's mcq_*.jsonl: {"mcq_forget": rows, "mcq_retain": rows, ..., "prompt": template or None}.
 
-    meta.json may give a "prompt" with {question} in it: then the choices' own texts are scored after it. Without
-    one, the question and its choices are shown as LETTERS and " A" to " D" are scored.
+    meta.json may give a "prompt" with {question} in it: then the choices' own texts are scored after it.
+    Without one, the question and its choices are shown as LETTERS and " A" to " D" are scored.
     """
     folder, prompt = Path(folder), None
     meta = folder / "meta.json"
@@ -73,24 +73,26 @@ def ask(row, prompt):
 def choice_logps(model, tokenizer, rows, prompt=None, batch=64):
     """(N, 4) fp64 summed log-probability of each choice after its context, both tokenised together.
 
-    Where the four choices are one token each: one forward pass a question; else one a choice. Sorted by length.
+    One forward pass a question where the four choices are one token each, else one a choice; by length.
     """
     out, jobs = torch.zeros(len(rows), 4, dtype=torch.float64), []
-    for q, row in enumerate(rows):
-        start, choices = ask(row, prompt)
-        encoded = [encode(tokenizer, start, c, context_of(model), where=row["where"]) for c in choices]
+    asked = [(start, choice, row["where"]) for row in rows for start, choices in [ask(row, prompt)]
+             for choice in choices]
+    samples = encode(tokenizer, asked, context_of(model))
+    for q in range(len(rows)):
+        encoded = samples[4 * q:4 * q + 4]
         if all(labels.count(IGNORE) == len(ids) - 1 for ids, labels in encoded) and (
                 len({tuple(ids[:-1]) for ids, _ in encoded}) == 1):
-            jobs.append((encoded[0], q, slice(None), [ids[-1] for ids, _ in encoded]))      # one pass for all four
+            jobs.append((encoded[0], q, slice(None), [ids[-1] for ids, _ in encoded]))   # one for all four
         else:
             jobs += [(e, q, c, None) for c, e in enumerate(encoded)]
     jobs.sort(key=lambda job: len(job[0][0]))
     for i in range(0, len(jobs), batch):
         x = collate([job[0] for job in jobs[i:i + batch]], tokenizer.pad_token_id or 0, model.device)
-        logits, labels = logits_of(model, x), x["labels"][:, 1:]                             # (B, T-1, V), (B, T-1)
+        logits, labels = logits_of(model, x), x["labels"][:, 1:]                       # (B, T-1, V), (B, T-1)
         for row, (_, q, choice, four) in enumerate(jobs[i:i + batch]):
             here = labels[row] != IGNORE
-            logps = logits[row, here].to(accumulator(logits.dtype)).log_softmax(-1)          # (answer tokens, V)
+            logps = logits[row, here].to(accumulator(logits.dtype)).log_softmax(-1)       # (answer tokens, V)
             logps = logps[0, four] if four else logps.gather(-1, labels[row, here, None]).sum()
             out[q, choice] = logps.double().cpu()
     return out
@@ -103,10 +105,11 @@ def correct(model, tokenizer, rows, prompt=None):
 
 def ue_ut(model, tokenizer, questions, seen=None, only_forget=False):
     """{"UE", "UT"}; None where the data has no mcq_forget or mcq_retain. With seen, a set of facts, also
-    "UE_heldout": UE on the questions about other facts, None when the questions name no facts or none is left."""
+    "UE_heldout": UE on the questions about other facts, None when no question names such a fact."""
     share = lambda right: right.double().mean().item() if len(right) else None
-    right = {name: correct(model, tokenizer, questions[name], questions["prompt"]) if name in questions else []
-             for name in ("mcq_forget", "mcq_retain")[:1 if only_forget else 2]}
+    names, prompt = ("mcq_forget", "mcq_retain")[:1 if only_forget else 2], questions["prompt"]
+    right = {name: correct(model, tokenizer, questions[name], prompt) if name in questions else []
+             for name in names}
     out = {"UE": 1 - share(right["mcq_forget"]) if "mcq_forget" in questions else None}
     if seen is not None:
         held = [seen and r.get("fact", None) not in seen | {None} for r in questions.get("mcq_forget", [])]
@@ -118,13 +121,12 @@ def ue_ut(model, tokenizer, questions, seen=None, only_forget=False):
 def open_accuracy(model, tokenizer, rows, prompt, batch=64):
     """Share of questions whose greedy continuation starts, token for token, with the right answer.
 
-    Greedy decoding gives the answer if and only if each of its tokens is the argmax after the ones before it, so
-    one forward pass with the answer in place says what generating would.
+    Greedy decoding gives the answer if and only if each of its tokens is the argmax after the ones before it,
+    so one forward pass with the answer in place says what generating would.
     """
-    samples, right = [], 0
-    for row in rows:
-        start, choices = ask(row, prompt)
-        samples.append(encode(tokenizer, start, choices[row["answer"]], context_of(model), where=row["where"]))
+    asked = [(start, choices[row["answer"]], row["where"]) for row in rows
+             for start, choices in [ask(row, prompt)]]
+    samples, right = encode(tokenizer, asked, context_of(model)), 0
     for i in range(0, len(samples), batch):
         x = collate(samples[i:i + batch], tokenizer.pad_token_id or 0, model.device)
         labels = x["labels"][:, 1:]
@@ -134,7 +136,7 @@ def open_accuracy(model, tokenizer, rows, prompt, batch=64):
 
 @torch.no_grad()
 def perplexity(model, tokenizer, rows, limit, batch=64):
-    """exp(mean negative log-probability of a label) over at most `limit` rows, evenly spaced through the file."""
+    """exp(mean negative log-probability of a label) over at most `limit` rows, evenly spaced in the file."""
     rows = rows[::math.ceil(len(rows) / limit)]
     samples, total, count = encode_rows(tokenizer, rows, 0, context_of(model)), 0.0, 0
     for i in range(0, len(samples), batch):
@@ -144,7 +146,7 @@ def perplexity(model, tokenizer, rows, limit, batch=64):
     return math.exp(min(total / count, 700.0))       # an unlearned model can pass fp64's largest exponent
 
 
-# ---- statistics -----------------------------------------------------------------------------------------------
+# ---- statistics -------------------------------------------------------------------------------------------
 
 def mean_se(values):
     """(mean, standard error of the mean); the error is None for a single value."""
@@ -153,9 +155,9 @@ def mean_se(values):
 
 
 def t_test(differences):
-    """(t, two-sided p) that the mean of n >= 2 paired differences is 0, by Student's t; None without any spread.
+    """(t, two-sided p) that the mean of n >= 2 paired differences is 0 (Student); None without any spread.
 
-    With t = sqrt(k) tan(a), k = n - 1, the density is proportional to cos(a)^(k-1): p is a ratio of two integrals.
+    With t = sqrt(k) tan(a), k = n - 1, the density goes as cos(a)^(k-1): p is a ratio of two integrals.
     """
     mean, se = mean_se(differences)
     if not se:
@@ -165,7 +167,7 @@ def t_test(differences):
     return t, float(area(math.atan(abs(t) / math.sqrt(k))) / area(0.0))
 
 
-# ---- runs and tables ------------------------------------------------------------------------------------------
+# ---- runs and tables --------------------------------------------------------------------------------------
 
 def load_result(run):
     """RUN/result.json of unlearn.py or data/tiny/prepare.py."""
@@ -179,7 +181,7 @@ def load_result(run):
 
 
 def method(result):
-    """(short name, everything that must agree for runs to be averaged) of a run: its args but for seed and paths."""
+    """(short name, settings: its args but seed and paths) of a run; runs that agree in both are averaged."""
     args = result["args"]
     if result["stage"] == "prepare":
         name = "retrained" if args["exclude"] == "forget" else "target"
@@ -191,7 +193,7 @@ def method(result):
 
 
 def columns(run, metrics):
-    """One run as {column: number}: the scores of evaluate.json, then those of relearn.json where it exists."""
+    """One run as {column: number}: its scores, then those of relearn.json where it exists."""
     row = {"UE": metrics["UE"], "UT": metrics["UT"],
            **{k: v for k, v in metrics.items() if k.startswith(("open", "ppl", "mcq"))}}
     path = Path(run) / "relearn.json"
@@ -204,12 +206,13 @@ def columns(run, metrics):
 
 
 def score(run, args):
-    """(result.json, metrics) of one run folder; writes its evaluate.json, or reads it when it is up to date."""
+    """(result.json, metrics) of one run folder; writes its evaluate.json, or reads it when up to date."""
     start, run = time.time(), Path(run)
     done, path = load_result(run), run / "evaluate.json"
     settings = {"run": str(run), "data": args.data or done["args"]["data"], "ppl_rows": args.ppl_rows,
                 "device": args.device, "param_dtype": done["args"].get("param_dtype", "float32")}
-    if path.is_file() and not args.overwrite and path.stat().st_mtime >= (run / "result.json").stat().st_mtime:
+    newer = path.is_file() and path.stat().st_mtime >= (run / "result.json").stat().st_mtime
+    if newer and not args.overwrite:
         old = json.loads(path.read_text(encoding="utf-8"))
         if old["args"] == settings:
             return done, old["metrics"]
@@ -225,15 +228,17 @@ def score(run, args):
         if (data / f"{part}.jsonl").is_file():
             rows = read_jsonl(data / f"{part}.jsonl", text_row)
             metrics[f"ppl_{part}"] = perplexity(model, tokenizer, rows, args.ppl_rows)
-    metrics |= {"template": prompt or LETTERS, "bos": tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]}
-    write_json(path, {"stage": "evaluate", "args": settings, **provenance(args.device, start), "metrics": metrics})
+    bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    metrics |= {"template": prompt or LETTERS, "bos": bos}
+    result = {"stage": "evaluate", "args": settings, **provenance(args.device, start), "metrics": metrics}
+    write_json(path, result)
     return done, metrics
 
 
 def table(rows):
-    """Text of rows of cells, the first of them the header; the first column to the left, the others to the right."""
+    """Text of rows of cells; the first column to the left, the others to the right."""
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths)))
+    return "\n".join("  ".join([r[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(r[1:], widths[1:])])
                      for r in rows)
 
 
@@ -244,41 +249,45 @@ def cell(mean, se):
 
 
 def compare(group, base, keys):
-    """{column: {"mean", "t", "p", "n", "higher"}} of group - base, {seed: {column: number}} each, paired by seed."""
+    """{column: {"mean", "t", "p", "n", "higher"}} of group - base, both {seed: {column: number}}, by seed."""
     out = {}
     for key in keys:
-        d = [group[s][key] - base[s][key] for s in sorted(group) if s in base and key in group[s] and key in base[s]]
+        seeds = [s for s in sorted(group) if key in group[s] and key in base.get(s, {})]
+        d = [group[s][key] - base[s][key] for s in seeds]
         if len(d) > 1:
             t, p = t_test(d)
-            out[key] = {"mean": float(np.mean(d)), "t": t, "p": p, "n": len(d), "higher": sum(x > 0 for x in d)}
+            out[key] = {"mean": mean_se(d)[0], "t": t, "p": p, "n": len(d), "higher": sum(x > 0 for x in d)}
     return out
 
 
 if __name__ == "__main__":
     parser = make_parser(__doc__)
     parser.add_argument("runs", nargs="+", help="folders of unlearn.py, or data/tiny/seedS/retrained")
-    parser.add_argument("--baseline", default=None, help="method to compare with, by seed (default: the first)")
+    parser.add_argument("--baseline", default=None,
+                        help="method to compare with, by seed (default: the first)")
     parser.add_argument("--data", default=None, help="data folder (default: each run's own)")
-    parser.add_argument("--ppl_rows", type=number(int, 1), default=1024, help="most rows of a corpus for perplexity")
+    parser.add_argument("--ppl_rows", type=number(int, 1), default=1024,
+                        help="most rows of a corpus for perplexity")
     parser.add_argument("--json", default=None, metavar="PATH", help="write the table there as well")
     parser.add_argument("--overwrite", action="store_true", help="score again what is up to date")
     args = parser.parse_args()
 
     with one_line_errors():
-        groups, names = defaultdict(dict), {}          # settings -> {seed: {column: number}}, settings -> name
+        groups, names = defaultdict(dict), {}         # settings -> {seed: {column: number}}, settings -> name
         for run in tqdm(args.runs, desc="scoring", unit="run", disable=len(args.runs) < 2):
             done, metrics = score(run, args)
             name, settings = method(done)
             seed = done["args"]["seed"]
             if seed in groups[settings]:
-                raise InputError(f"{run}: a second run of {name} with seed {seed} and the same settings; drop one")
+                raise InputError(
+                    f"{run}: a second run of {name} with seed {seed} and the same settings; drop one")
             groups[settings][seed], names[settings] = columns(run, metrics), name
         for name in set(names.values()):               # same name, other settings: add what differs
             twins = {s: json.loads(s) for s in names if names[s] == name}
             values = {k: {json.dumps(p.get(k)) for p in twins.values()} for p in twins.values() for k in p}
             for s, p in twins.items():
                 names[s] = name + "".join(f" {k}={p.get(k)}" for k in sorted(values) if len(values[k]) > 1)
-        base = next((s for s in groups if names[s] == args.baseline), None) if args.baseline else next(iter(groups))
+        base = next((s for s in groups if args.baseline in (None, names[s])), None)
         if base is None:
             raise InputError(f"--baseline {args.baseline}: not among {', '.join(names.values())}")
 
@@ -291,19 +300,24 @@ if __name__ == "__main__":
                                         "se": {k: v[1] for k, v in stats.items()}}
             if s != base:
                 out["paired"][names[s]] = compare(group, groups[base], keys)
-        relearned = [k for k in keys if " " in k]      # "UE 20" and so on: a table of their own for each prefix
+        relearned = [k for k in keys if " " in k]    # "UE 20" and so on: a table of their own for each prefix
         prefixes = list(dict.fromkeys(k.rsplit(" ", 1)[0] for k in relearned))
         blocks = [("scores", [k for k in keys if k not in relearned])] + [
             (f"{prefix} after relearning", [k for k in relearned if k.rsplit(" ", 1)[0] == prefix])
             for prefix in prefixes]
         for title, block in blocks:
             print(f"\n{title}")
-            print(table([["method", "seeds"] + block] + [
-                [name, str(len(m["rows"]))] + [cell(m["mean"][k], m["se"][k]) if k in m["mean"] else "-" for k in block]
-                for name, m in out["methods"].items()]))
-        paired = [[name, key, f"{c['mean']:+.3f}", "-" if c["t"] is None else f"{c['t']:.1f}",
-                   "-" if c["p"] is None else f"{c['p']:.1g}", f"{c['higher']}/{c['n']}"]
-                  for name, by in out["paired"].items() for key, c in by.items() if key[:2] in ("UE", "he", "UT")]
+            lines = [["method", "seeds"] + block]
+            for name, m in out["methods"].items():
+                cells = [cell(m["mean"][k], m["se"][k]) if k in m["mean"] else "-" for k in block]
+                lines.append([name, str(len(m["rows"]))] + cells)
+            print(table(lines))
+        paired = []
+        for name, by in out["paired"].items():
+            for key, c in by.items():
+                if key.startswith(("UE", "held", "UT")):
+                    test = ["-", "-"] if c["t"] is None else [f"{c['t']:.1f}", f"{c['p']:.1g}"]
+                    paired.append([name, key, f"{c['mean']:+.3f}", *test, f"{c['higher']}/{c['n']}"])
         if paired:
             print(f"\ndifference to {names[base]}, paired by seed")
             print(table([["method", "column", "difference", "t", "p", "higher"]] + paired))

@@ -3,13 +3,13 @@
     python relearn.py out/npo+sam-s0                        # 20, 40, 60 samples, two draws each: about 5 s
     python relearn.py out/npo+sam-s0 --samples 20 --epochs 1 2 3
     python relearn.py out/npo+sam-s0 --lr 2e-3 1e-3         # a milder attacker beside the default one
-    python relearn.py data/tiny/seed0/retrained             # the yardstick: what a model that never knew learns
+    python relearn.py data/tiny/seed0/retrained             # the yardstick: a model that never knew
 
 Reads RUN/result.json (for the data and the seed), the model beside it and DATA/forget.jsonl. Writes
 RUN/relearn.json. Every budget starts from the same weights; the samples of a larger budget contain those of a
-smaller one. Rows that tell the same "fact" count once, so N samples are N facts, and UE_heldout is the UE on the
-questions about the other facts: it tells unlocking (old knowledge comes back) from re-teaching. Next: evaluate.py
-puts several runs into one table.
+smaller one. Rows that tell the same "fact" count once, so N samples are N facts, and UE_heldout is the UE on
+the questions about the other facts: it tells unlocking (old knowledge comes back) from re-teaching. Next:
+evaluate.py puts several runs into one table.
 """
 import math, random, time
 from pathlib import Path
@@ -24,8 +24,8 @@ from unlearn import (InputError, collate, context_of, encode_rows, learning_rate
 
 
 def draw_samples(rows, count, seed):
-    """Indices of `count` rows in an order that only seed fixes, so that smaller draws are prefixes of larger ones;
-    no two rows tell the same fact, where rows carry one."""
+    """Indices of `count` rows in an order that only seed fixes, so that smaller draws are prefixes of larger
+    ones; no two rows tell the same fact, where rows carry one."""
     order, seen, picks = list(range(len(rows))), set(), []
     random.Random(seed).shuffle(order)
     for i in order:
@@ -39,7 +39,7 @@ def draw_samples(rows, count, seed):
 
 
 def relearn(model, samples, pad, lr, batch_size, epochs, seed):
-    """Fine-tune model in place on encoded samples: mean NLL a token, AdamW, rate linear to 0, no weight decay."""
+    """Fine-tune model in place on encoded samples: mean NLL a token, AdamW, rate linear to 0."""
     rng = random.Random(seed)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
@@ -60,9 +60,9 @@ def relearn(model, samples, pad, lr, batch_size, epochs, seed):
 
 
 def attack(model, tokenizer, rows, questions, args):
-    """The "metrics" of relearn.json: all budgets lr x samples x epochs, each the mean of args.draws sample lists.
+    """The "metrics" of relearn.json: all budgets lr x samples x epochs, each a mean over args.draws lists.
 
-    rows: read_jsonl(forget.jsonl); questions: evaluate.load_questions(). The weights are put back, bit for bit.
+    rows: read_jsonl(forget.jsonl); questions: evaluate.load_questions(). Puts the weights back, bit for bit.
     """
     encoded, pad = encode_rows(tokenizer, rows, context_of(model), args.max_len), tokenizer.pad_token_id or 0
     lists = [draw_samples(rows, max(args.samples), f"{args.seed} {draw}") for draw in range(args.draws)]
@@ -82,7 +82,8 @@ def attack(model, tokenizer, rows, questions, args):
                 restore_(list(saved))
                 bar.set_postfix(samples=count, UE=show(draws[-1]["UE"]))
                 bar.update()
-            mean = {k: None if draws[0][k] is None else sum(d[k] for d in draws) / len(draws) for k in draws[0]}
+            mean = {k: None if v is None else sum(d[k] for d in draws) / len(draws)
+                    for k, v in draws[0].items()}
             metrics["budgets"].append({"samples": count, "epochs": epochs, "lr": lr, **mean, "draws": draws})
     finally:
         restore_(saved)
@@ -102,7 +103,8 @@ def parse_args(argv=None):
                    help="peak rate of AdamW, linear to 0; 7B: 1e-5")
     p.add_argument("--batch_size", type=number(int, 1), default=4, help="samples a step; 7B: 4")
     p.add_argument("--draws", type=number(int, 1), default=2, help="sample lists to average over")
-    p.add_argument("--seed", type=number(int, 0), default=None, help="of the sample lists (default: the run's)")
+    p.add_argument("--seed", type=number(int, 0), default=None,
+                   help="of the sample lists (default: the run's)")
     p.add_argument("--data", default=None, help="data folder (default: the run's)")
     p.add_argument("--max_len", type=number(int, 0), default=None, help="cut samples (default: the run's)")
     args = p.parse_args(argv)

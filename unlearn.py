@@ -1,16 +1,16 @@
-"""Unlearn a forget set and make it last: climb rho along the forget gradient, take the gradient there, return, step.
+"""Unlearn a forget set so that it stays forgotten: climb rho, take the forget gradient there, return, step.
 
-    python unlearn.py                                  # laptop CPU, built-in data: NPO + SAM, attacked and scored
-    python unlearn.py --sam_rho 0                      # plain NPO, for comparison
-    python unlearn.py --loss graddiff --smooth gp+wa   # any loss with any smoother
+    python unlearn.py                                 # laptop CPU, built-in data: NPO + SAM, then attacked
+    python unlearn.py --sam_rho 0                     # plain NPO, for comparison
+    python unlearn.py --loss graddiff --smooth gp+wa  # any loss with any smoother
     python unlearn.py --model ORG/NAME --data FOLDER --lr 5e-6 --beta 0.015 --gamma 2.25 --sam_rho 0.01
 
 min over theta of  forget loss(theta + rho g/||g||) + gamma * retain loss(theta)   (arXiv 2502.05374)
 
-Reads DATA/{forget,retain,mcq_forget,mcq_retain}.jsonl (data/README.md has the formats). Writes OUT/model.safetensors,
-OUT/config.json, the tokenizer, OUT/result.json (args, metrics, every step) and OUT/relearn.json. Next: relearn.py
-attacks the result with other budgets, evaluate.py compares runs. UE = 1 - accuracy on questions about the forget set
-(four choices: .75 is chance), UT = accuracy on the rest.
+Reads DATA/{forget,retain,mcq_forget,mcq_retain}.jsonl (data/README.md has the formats). Writes
+OUT/model.safetensors, OUT/config.json, the tokenizer, OUT/result.json (args, metrics, every step) and
+OUT/relearn.json. Next: relearn.py attacks the result with other budgets, evaluate.py compares runs. UE = 1 -
+accuracy on questions about the forget set (four choices: .75 is chance), UT = accuracy on the rest.
 """
 import argparse, copy, json, math, os, random, re, resource, shutil, subprocess, sys, time
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ IGNORE = -100                                # the label of a token that no loss
 # Shapes: B samples, T tokens, V vocabulary, D width.
 
 
-# ---- input and output -----------------------------------------------------------------------------------------
+# ---- input and output -------------------------------------------------------------------------------------
 
 class InputError(ValueError):
     """Something the user can mend: the message names the value, the place and the fix."""
@@ -64,8 +64,8 @@ def number(kind, low, above=False):
     def parse(text):
         value = kind(text)
         if not low <= value < math.inf or (above and value == low):
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number {'above' if above else 'of at least'} "
-                                             f"{low}")
+            bound = "above" if above else "of at least"
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number {bound} {low}")
         return value
     parse.__name__ = kind.__name__           # argparse says "invalid int value"
     return parse
@@ -110,8 +110,8 @@ def check_texts(row, *keys):
 def text_row(row):
     """Check a row of forget.jsonl or retain.jsonl: {"text"}, {"prompt", "completion"}, or a bare string."""
     row = {"text": row} if isinstance(row, str) else row
-    check_texts(row, *(["prompt", "completion"] if isinstance(row, dict) and "prompt" in row and "text" not in row
-                       else ["text"]))
+    pair = isinstance(row, dict) and "prompt" in row and "text" not in row
+    check_texts(row, *(["prompt", "completion"] if pair else ["text"]))
     return row
 
 
@@ -127,15 +127,16 @@ def provenance(device, start):
     git = subprocess.run(["git", "-C", str(TINY.parent.parent), "describe", "--always", "--dirty"],
                          capture_output=True, text=True)
     cuda = torch.device(device).type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"versions": {"python": sys.version.split()[0], "torch": torch.__version__,
-                         "transformers": transformers.__version__}, "commit": git.stdout.strip() or None,
-            "device": torch.cuda.get_device_name() if cuda else str(device), "threads": torch.get_num_threads(),
+    ram = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = torch.cuda.max_memory_allocated() if cuda else ram
+    versions = {m.__name__: m.__version__ for m in (torch, transformers)} | {"python": sys.version.split()[0]}
+    return {"versions": versions, "commit": git.stdout.strip() or None, "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if cuda else str(device),
             "seconds": round(time.time() - start, 2), "peak_gb": round(peak / 1e9, 3)}
 
 
 def resolve_data(data, seed):
-    """The folder to read: data itself, or for the built-in benchmark the world of this seed, prepared if missing."""
+    """The folder to read: data, or of the built-in benchmark the world of seed, prepared if missing."""
     if Path(data).resolve() != TINY:
         if not Path(data).is_dir():
             raise InputError(f"--data {data}: no such folder (data/README.md has the formats)")
@@ -160,7 +161,7 @@ def load_model(name, device="cpu", dtype=torch.float32):
 
 
 def save_run(out, model, tokenizer, result):
-    """Write a whole run folder under a temporary name, then put it in the place of OUT, which parse_args checked."""
+    """Write a whole run folder under a temporary name, then put it in the place of `out`."""
     tmp = out.with_name(f"{out.name}.tmp{os.getpid()}")
     model.save_pretrained(tmp)
     tokenizer.save_pretrained(tmp)
@@ -175,36 +176,41 @@ def show(value):
     return "-" if value is None else f"{value:.3f}"
 
 
-# ---- samples and batches --------------------------------------------------------------------------------------
+# ---- samples and batches ----------------------------------------------------------------------------------
 
 def context_of(model):
     """The longest sequence in tokens that the model takes, 0 if its config does not say."""
     return getattr(model.config, "max_position_embeddings", None) or 0
 
 
-def encode(tokenizer, prompt, completion, context, max_len=0, where=""):
-    """(ids, labels) of prompt + completion, tokenised together; the prompt's labels are IGNORE.
+def encode(tokenizer, triples, context, max_len=0):
+    """[(ids, labels)] of (prompt, completion, where), the two tokenised as one; a prompt's labels are IGNORE.
 
-    A sample longer than `context` tokens is an error, unless max_len > 0 says to cut it there.
+    A sample of more than `context` tokens is an error that names `where`; max_len > 0 cuts samples before.
     """
-    ids = tokenizer(prompt + completion, verbose=False).input_ids
-    known = len(tokenizer(prompt, verbose=False).input_ids) if prompt else 0
-    if max_len:
-        ids = ids[:max_len]
-    if context and len(ids) > context:
-        raise InputError(f"{where}: {len(ids)} tokens, but the model's context is {context}: shorten the text, or cut "
-                         f"it with --max_len {context}")
-    labels = [IGNORE] * min(known, len(ids)) + ids[known:]
-    if all(label == IGNORE for label in labels[1:]):
-        raise InputError(f"{where}: no token to score ({len(ids)} tokens, {known} of them prompt): lengthen the text "
-                         f"or raise --max_len")
-    return ids, labels
+    prompts = list({p for p, _, _ in triples if p})
+    quick = {"return_attention_mask": False, "verbose": False}
+    tokens = lambda texts: tokenizer(texts, **quick).input_ids if texts else []
+    known, out = dict(zip(prompts, map(len, tokens(prompts)))) | {"": 0}, []
+    for (prompt, _, where), ids in zip(triples, tokens([p + c for p, c, _ in triples])):
+        ids = ids[:max_len or None]
+        if context and len(ids) > context:
+            raise InputError(
+                f"{where}: {len(ids)} tokens, but the model's context is {context}: shorten the text, "
+                f"or cut it with --max_len {context}")
+        labels = [IGNORE] * min(known[prompt], len(ids)) + ids[known[prompt]:]
+        if all(label == IGNORE for label in labels[1:]):
+            raise InputError(
+                f"{where}: no token to score ({len(ids)} tokens, {known[prompt]} of them prompt): "
+                f"lengthen the text or raise --max_len")
+        out.append((ids, labels))
+    return out
 
 
 def encode_rows(tokenizer, rows, context, max_len=0):
     """encode() for the rows of a corpus: all tokens of a text, or the completion of a prompt."""
-    return [encode(tokenizer, "", r["text"], context, max_len, r["where"]) if "text" in r else
-            encode(tokenizer, r["prompt"], r["completion"], context, max_len, r["where"]) for r in rows]
+    return encode(tokenizer, [("", r["text"], r["where"]) if "text" in r else
+                              (r["prompt"], r["completion"], r["where"]) for r in rows], context, max_len)
 
 
 def collate(samples, pad, device="cpu"):
@@ -227,7 +233,7 @@ def shuffled(n, size, rng):
 
 
 def micro_batches(samples, picks, size, pad, device, ref=None):
-    """The picked samples as collated batches of at most `size`; each carries its part of ref, one value a sample."""
+    """The picked samples, collated in batches of at most `size`; each carries its part of ref (N,)."""
     out = []
     for i in range(0, len(picks), size):
         out.append(collate([samples[j] for j in picks[i:i + size]], pad, device))
@@ -236,7 +242,7 @@ def micro_batches(samples, picks, size, pad, device, ref=None):
     return out
 
 
-# ---- log-probabilities and losses -----------------------------------------------------------------------------
+# ---- log-probabilities and losses -------------------------------------------------------------------------
 
 def logits_of(model, batch):
     """(B, T-1, V): position t predicts token t+1."""
@@ -246,13 +252,13 @@ def logits_of(model, batch):
 def token_logps(model, batch):
     """log p(token t+1 | tokens to t) for every label, 0 where there is none; and the mask. Both (B, T-1)."""
     logits, labels = logits_of(model, batch), batch["labels"][:, 1:]
-    logits = logits.to(accumulator(logits.dtype))              # (B, T-1, V): log-softmax in bf16 loses three digits
+    logits = logits.to(accumulator(logits.dtype))        # (B, T-1, V): log-softmax in bf16 loses three digits
     nll = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
     return -nll, labels != IGNORE
 
 
 def sample_logps(model, batch, reduce="mean"):
-    """(B,) log-probability of each sample's labels: mean over tokens (the paper's code) or sum (the NPO paper)."""
+    """(B,) log-probability of each sample's labels: mean over tokens (SAM paper) or sum (NPO paper)."""
     logps, mask = token_logps(model, batch)
     return logps.sum(1) / mask.sum(1) if reduce == "mean" else logps.sum(1)
 
@@ -261,9 +267,9 @@ def forget_loss(name, logps, ref=None, beta=0.1, margin=0.0, chosen=None, chosen
     """(B,) forget loss of each sample from its log-probability (B,); descending it unlearns.
 
     ga, graddiff  logp
-    npo           -2/beta log sigmoid(-beta (logp - ref))                                    arXiv 2404.05868, eq. 3
-    simnpo        -2/beta log sigmoid(-beta logp - margin)                                   arXiv 2410.07163
-    dpo           -1/beta log sigmoid(beta (chosen - chosen_ref) - beta (logp - ref))        arXiv 2305.18290, eq. 7
+    npo           -2/beta log sigmoid(-beta (logp - ref))                                  arXiv 2404.05868
+    simnpo        -2/beta log sigmoid(-beta logp - margin)                                 arXiv 2410.07163
+    dpo           -1/beta log sigmoid(beta (chosen - chosen_ref) - beta (logp - ref))      arXiv 2305.18290
                   chosen: "I don't know" after the same prompt; rejected: the true answer
     """
     if name in ("ga", "graddiff"):
@@ -278,9 +284,9 @@ def forget_loss(name, logps, ref=None, beta=0.1, margin=0.0, chosen=None, chosen
 
 def kl_sum(model, frozen, batch):
     """Sum over the labelled tokens of KL(frozen || model) over the whole vocabulary; the caller divides."""
-    mask = batch["labels"][:, 1:] != IGNORE                                                            # (B, T-1)
+    mask = batch["labels"][:, 1:] != IGNORE                                                         # (B, T-1)
     with torch.no_grad():
-        q = logits_of(frozen, batch)[mask]                                                             # (labels, V)
+        q = logits_of(frozen, batch)[mask]                                                       # (labels, V)
     p = logits_of(model, batch)[mask]
     p, q = (x.to(accumulator(x.dtype)).log_softmax(-1) for x in (p, q))
     return F.kl_div(p, q, log_target=True, reduction="sum")
@@ -294,15 +300,15 @@ def hidden_states(model, batch, layer):
 
 
 def distance_sum(hidden, goal, batch):
-    """RMU's distance (arXiv 2403.03218, section 4): sum over the real tokens of the mean over D of (hidden - goal)^2,
-    hidden (B, T, D) and goal the same or (D,); the caller divides by the number of tokens."""
+    """RMU (arXiv 2403.03218): sum over the real tokens of the mean over D of (hidden - goal)^2, with hidden
+    (B, T, D) and goal the same or (D,); the caller divides by the number of tokens."""
     return ((hidden - goal).to(accumulator(hidden.dtype)).square().mean(-1) * batch["attention_mask"]).sum()
 
 
 def forget_backward(model, micro, chosen, args, goal=None):
-    """Forward and backward of the whole forget batch, added to p.grad; returns its loss (0-dim). `micro` is a list of
-    micro-batches, `chosen` their preferred answers (dpo only). Each is divided by the count of the whole batch, so the
-    split changes nothing."""
+    """Forward and backward of the whole forget batch, added to p.grad; returns its loss (0-dim). `micro` is a
+    list of micro-batches, `chosen` their preferred answers (dpo only). Each is divided by the count of the
+    whole batch, so the split changes nothing."""
     count = sum(b["attention_mask"].sum() if args.loss == "rmu" else len(b["labels"]) for b in micro)
     total = 0.0
     for batch, other in zip(micro, chosen or [{}] * len(micro)):
@@ -320,7 +326,7 @@ def forget_backward(model, micro, chosen, args, goal=None):
 
 
 def retain_backward(model, micro, args, frozen=None):
-    """Forward and backward of the weighted retain loss of the whole batch, added to p.grad; returns it unweighted."""
+    """Forward and backward of the weighted retain loss, added to p.grad; returns it without the weight."""
     weight, total = args.gamma, torch.zeros(())
     if args.loss == "rmu":
         weight, count = args.rmu_alpha, sum(b["attention_mask"].sum() for b in micro)
@@ -345,34 +351,36 @@ def retain_backward(model, micro, args, frozen=None):
 
 @torch.no_grad()
 def reference_logps(model, samples, args, pad):
-    """(N,) log-probability of every sample under the model as it is now: NPO's constant, kept instead of a copy."""
-    parts = [sample_logps(model, collate(samples[i:i + args.micro_batch], pad, args.device), args.reduce).cpu()
-             for i in tqdm(range(0, len(samples), args.micro_batch), desc="reference", unit="batch", leave=False)]
-    return torch.cat(parts)
+    """(N,) log-probability of every sample under the model as it is now: kept instead of a second model."""
+    order = range(len(samples))
+    return torch.cat([sample_logps(model, batch, args.reduce).cpu() for batch in tqdm(
+        micro_batches(samples, order, args.micro_batch, pad, args.device), desc="reference", leave=False)])
 
 
-# ---- the pieces of a run --------------------------------------------------------------------------------------
+# ---- the pieces of a run ----------------------------------------------------------------------------------
 
 def parse_smooth(text):
-    """'sam+wa' -> ('sam', True). One of none, sam, rs, gp, cr inside a step, and wa across steps, go together."""
+    """'sam+wa' -> ('sam', True): one of none, sam, rs, gp, cr inside a step goes with wa across steps."""
     parts = text.split("+")
     for part in parts:
         if part not in ("none", "sam", "rs", "gp", "cr", "wa"):
             raise InputError(f"--smooth {text}: {part!r} is not one of none, sam, rs, gp, cr, wa")
     base = [part for part in parts if part != "wa"]
     if len(base) > 1:
-        raise InputError(f"--smooth {text} has no meaning: {' and '.join(base)} each define the forget gradient of a "
-                         f"step; choose one, and add +wa if you like")
+        raise InputError(
+            f"--smooth {text} has no meaning: {' and '.join(base)} each define the forget gradient of a "
+            f"step; choose one, and add +wa if you like")
     if len(parts) - len(base) > 1 or ("none" in parts and len(parts) > 1):
         raise InputError(f"--smooth {text} has no meaning: write wa")
     return (base[0] if base else "none"), "wa" in parts
 
 
 def make_smoother(args, named):
-    """The smoother of args.smooth over named = [(name, parameter)] that train: a callable smoother(closure) -> loss."""
+    """The smoother of args.smooth for named = [(name, parameter)], all that train; see sam.py."""
     base, params = parse_smooth(args.smooth)[0], [p for _, p in named]
     if base == "sam":
-        return SAM(params, args.sam_rho, perturb=[p for _, p in matching(named, "sam_modules", args.sam_modules)],
+        return SAM(params, args.sam_rho,
+                   perturb=[p for _, p in matching(named, "sam_modules", args.sam_modules)],
                    flip=args.sam_flip)
     if base == "rs":
         return RS(params, args.rs_sigma, args.rs_samples, args.seed)
@@ -387,7 +395,8 @@ def matching(named, flag, pattern):
     """The (name, parameter) pairs whose name contains a match of pattern."""
     some = [(n, p) for n, p in named if re.search(pattern, n)]
     if not some:
-        raise InputError(f"--{flag} {pattern!r} matches no parameter: the names go from {named[0][0]} to {named[-1][0]}")
+        raise InputError(
+            f"--{flag} {pattern!r} matches no parameter: the names go from {named[0][0]} to {named[-1][0]}")
     return some
 
 
@@ -398,11 +407,11 @@ def learning_rate(step, steps, peak, warmup, decay):
 
 
 def precision_warning(applied, cosine, radius, dtype):
-    """One line when the perturbation that the weights' precision let through is not the one asked for, else None."""
+    """One line if what the weights' precision let through is not the perturbation asked for, else None."""
     if 0.5 < applied / radius < 2 and cosine > 0.9:
         return None
-    return (f"precision: in {dtype} a perturbation of norm {radius:g} became one of norm {applied:.3g} with cosine "
-            f"{cosine:.2f} to the gradient; use fp32 weights, a larger rho, or gp, whose radius may be large")
+    return (f"precision: in {dtype} a perturbation of norm {radius:g} became one of norm {applied:.3g} with "
+            f"cosine {cosine:.2f} to the gradient; use fp32 weights, a larger rho, or gp with a large radius")
 
 
 def parse_args(argv=None):
@@ -410,10 +419,13 @@ def parse_args(argv=None):
     p, flag = make_parser(__doc__), argparse.BooleanOptionalAction
     some, real, above = number(int, 1), number(float, 0), number(float, 0, above=True)
     # what to unlearn, and where to write
-    p.add_argument("--model", default=None, help="Hugging Face folder or hub name (default: the built-in target)")
-    p.add_argument("--data", default=os.path.relpath(TINY), help="folder with forget.jsonl, ... (default: built-in)")
+    p.add_argument("--model", default=None,
+                   help="Hugging Face folder or hub name (default: the built-in target)")
+    p.add_argument("--data", default=os.path.relpath(TINY),
+                   help="folder with forget.jsonl, ... (default: built-in)")
     p.add_argument("--out", default=None, help="run folder (default: out/LOSS+SMOOTH-sSEED)")
-    p.add_argument("--seed", type=number(int, 0), default=0, help="of batches and noise; built-in: of world and target too")
+    p.add_argument("--seed", type=number(int, 0), default=0,
+                   help="of batches and noise; built-in: of world and target too")
     p.add_argument("--overwrite", action=flag, default=False, help="replace OUT when it exists")
     p.add_argument("--param_dtype", choices=["float32", "bfloat16"], default="float32",
                    help="of the weights; bfloat16 halves memory and swallows most of a small perturbation")
@@ -423,63 +435,78 @@ def parse_args(argv=None):
     p.add_argument("--retain", choices=["nll", "kl", "none"], default=None,
                    help="on the retain set (default nll; ga has none, rmu its own); kl keeps a frozen model")
     p.add_argument("--beta", type=above, default=0.5, help="of npo, simnpo, dpo; 7B: .0225 npo, .015 npo+sam")
-    p.add_argument("--gamma", type=real, default=1.0, help="weight of the retain loss; 7B: 1 npo, 2.25 npo+sam")
+    p.add_argument("--gamma", type=real, default=1.0,
+                   help="weight of the retain loss; 7B: 1 npo, 2.25 npo+sam")
     p.add_argument("--margin", type=real, default=0.0, help="of simnpo, in nats")
-    p.add_argument("--reduce", choices=["mean", "sum"], default="mean", help="a sample's log-probability over tokens")
+    p.add_argument("--reduce", choices=["mean", "sum"], default="mean",
+                   help="a sample's log-probability over tokens")
     p.add_argument("--idk_text", default="I don't know.", help="the preferred answer of dpo")
-    p.add_argument("--rmu_layer", type=int, default=-1, help="counted from 0; 7B: 7 (default: 7/32 of the depth)")
+    p.add_argument("--rmu_layer", type=int, default=-1,
+                   help="counted from 0; 7B: 7 (default: 7/32 of the depth)")
     p.add_argument("--rmu_c", type=real, default=6.5, help="length of rmu's random goal; 7B: 6.5 or 20")
     p.add_argument("--rmu_alpha", type=real, default=1200.0, help="weight of rmu's retain term; 7B: 1200")
     # the smoother
     p.add_argument("--smooth", default="sam", help="none, sam, rs, gp, cr, wa, or one of them +wa")
     p.add_argument("--sam_rho", type=real, default=0.1, help="radius of sam, 0 = none; 7B: .01")
-    p.add_argument("--sam_modules", default="", metavar="REGEX", help="perturb only parameters whose name matches")
-    p.add_argument("--sam_flip", action=flag, default=False, help="control: step down instead of up the gradient")
+    p.add_argument("--sam_modules", default="", metavar="REGEX",
+                   help="perturb only parameters whose name matches")
+    p.add_argument("--sam_flip", action=flag, default=False,
+                   help="control: step down instead of up the gradient")
     p.add_argument("--rs_sigma", type=real, default=0.01, help="rs's noise on every weight; 7B: 1e-4")
     p.add_argument("--rs_samples", type=some, default=3, help="draws of rs a step; 7B: 3")
     p.add_argument("--gp_lambda", type=real, default=0.1, help="weight of gp's ||g||")
     p.add_argument("--gp_radius", type=above, default=0.01, help="finite-difference step of gp")
     p.add_argument("--cr_mu", type=above, default=0.1, help="radius of cr; 7B: .01")
-    p.add_argument("--cr_lambda", type=real, default=0.1, help="weight of cr; 7B: 10, on a gradient that was zero")
-    p.add_argument("--wa_start", type=int, default=-1, help="first step averaged (default: 4/5 in); 7B: 100 of 125")
+    p.add_argument("--cr_lambda", type=real, default=0.3,
+                   help="weight of cr; 7B: 10, on a gradient that was zero")
+    p.add_argument("--wa_start", type=int, default=-1,
+                   help="first step averaged (default: 4/5 in); 7B: 100 of 125")
     p.add_argument("--wa_every", type=some, default=5, help="steps between averaged weights; 7B: 5")
     # training
     p.add_argument("--steps", type=some, default=160, help="7B: 125")
-    p.add_argument("--batch_size", type=some, default=32, help="forget samples, and as many retain, a step; 7B: 4")
-    p.add_argument("--micro_batch", type=number(int, 0), default=0, help="samples a pass (0 = batch_size); same update")
-    p.add_argument("--lr", type=above, default=4e-4, help="of AdamW; 7B: 5e-6")
+    p.add_argument("--batch_size", type=some, default=32,
+                   help="forget samples, and as many retain, a step; 7B: 4")
+    p.add_argument("--micro_batch", type=number(int, 0), default=0,
+                   help="samples a pass (0 = batch_size); same update")
+    p.add_argument("--lr", type=above, default=3e-4, help="of AdamW; 7B: 5e-6")
     p.add_argument("--warmup", type=real, default=0.1, help="share of the steps")
     p.add_argument("--decay", choices=["none", "linear"], default="none", help="after warm-up; 7B: linear")
     p.add_argument("--weight_decay", type=real, default=0.0, help="of AdamW")
     p.add_argument("--clip", type=real, default=1.0, help="largest gradient norm, 0 = no clipping")
-    p.add_argument("--train_modules", default="", metavar="REGEX",
-                   help="train only matching parameters (default all; rmu: down_proj of its layer and two below)")
-    p.add_argument("--max_len", type=number(int, 0), default=0, help="cut samples to so many tokens (0: too long = error)")
+    p.add_argument(
+        "--train_modules", default="", metavar="REGEX",
+        help="train only matching parameters (default all; rmu: down_proj of its layer and two below)")
+    p.add_argument("--max_len", type=number(int, 0), default=0,
+                   help="cut samples to so many tokens (0: too long = error)")
     # measuring
     p.add_argument("--stop_ue", type=real, default=0.0, help="stop once UE reaches this (0 = fixed steps)")
-    p.add_argument("--eval_every", type=number(int, 0), default=0, help="steps between UE on the curve (0: 5 with stop_ue)")
-    p.add_argument("--relearn", action=flag, default=True, help="attack the result with relearn.py's defaults")
+    p.add_argument("--eval_every", type=number(int, 0), default=0,
+                   help="steps between UE on the curve (0: 5 with stop_ue)")
+    p.add_argument("--relearn", action=flag, default=True,
+                   help="attack the result with relearn.py's defaults")
     args = p.parse_args(argv)
 
     base, averaged = parse_smooth(args.smooth)
-    if base == "sam" and args.sam_rho == 0:                        # a radius of 0 is no smoother: say what runs
+    if base == "sam" and args.sam_rho == 0:                      # a radius of 0 is no smoother: say what runs
         base, args.smooth = "none", "wa" if averaged else "none"
     for name in ("sam_flip", "sam_modules"):
         if getattr(args, name) and base != "sam":
-            raise InputError(f"--{name}: there is no SAM perturbation with --smooth {args.smooth}; drop one of them")
+            raise InputError(
+                f"--{name}: there is no SAM perturbation with --smooth {args.smooth}; drop one of them")
     for name in ("sam_modules", "train_modules"):
         try:
             re.compile(getattr(args, name))
         except re.error as e:
             raise InputError(f"--{name} {getattr(args, name)!r} is not a regular expression: {e}")
     if args.loss in ("ga", "rmu") and args.retain not in (None, "none"):
-        raise InputError(f"--retain {args.retain}: " + ("ga has no retain term; use --loss graddiff" if args.loss == "ga"
-                         else "rmu brings its own, weighted by --rmu_alpha; drop --retain"))
+        fix = {"ga": "ga has none; use --loss graddiff", "rmu": "rmu brings its own, --rmu_alpha; drop it"}
+        raise InputError(f"--retain {args.retain}: {fix[args.loss]}")
     args.retain = args.retain or ("none" if args.loss in ("ga", "rmu") else "nll")
     args.micro_batch = args.micro_batch or args.batch_size
     args.wa_start = args.steps * 4 // 5 if args.wa_start < 0 else args.wa_start
     if averaged and args.wa_start >= args.steps:
-        raise InputError(f"--wa_start {args.wa_start}: nothing to average in {args.steps} steps; start earlier")
+        raise InputError(
+            f"--wa_start {args.wa_start}: nothing to average in {args.steps} steps; start earlier")
     args.eval_every = args.eval_every or (5 if args.stop_ue else 0)
     suffix = ("" if args.smooth == "none" else f"+{args.smooth}") + ("-flip" if args.sam_flip else "")
     args.out = args.out or f"out/{args.loss}{suffix}-s{args.seed}"
@@ -489,7 +516,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    import evaluate, relearn                 # both build on this file, so they come in here and not at the top
+    import evaluate, relearn                # both build on this file, so they come in here and not at the top
 
     with one_line_errors():
         # -- setup
@@ -507,24 +534,27 @@ if __name__ == "__main__":
         retain_rows = read_jsonl(folder / "retain.jsonl", text_row)
         questions = evaluate.load_questions(folder)
         if args.stop_ue and "mcq_forget" not in questions:
-            raise InputError(f"--stop_ue {args.stop_ue}: needs {folder / 'mcq_forget.jsonl'}, which is missing")
+            raise InputError(
+                f"--stop_ue {args.stop_ue}: needs {folder / 'mcq_forget.jsonl'}, which is missing")
         model, tokenizer = load_model(args.model, args.device, getattr(torch, args.param_dtype))
         context, pad = context_of(model), tokenizer.pad_token_id or 0
         forget = encode_rows(tokenizer, forget_rows, context, args.max_len)
         retain = encode_rows(tokenizer, retain_rows, context, args.max_len)
         before = evaluate.ue_ut(model, tokenizer, questions)
-        print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {args.param_dtype} on "
-              f"{args.device}; {len(forget):,} forget and {len(retain):,} retain samples")
+        print(
+            f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {args.param_dtype} on "
+            f"{args.device}; {len(forget):,} forget and {len(retain):,} retain samples")
 
         # -- constants of the loss, from the model as it is
         ref = chosen = chosen_ref = frozen = goal = None
         if args.loss == "dpo":
             for row in forget_rows:
                 if "prompt" not in row or "completion" not in row:
-                    raise InputError(f"{row['where']}: --loss dpo needs prompt and completion, found only a text")
-            pairs = [[encode(tokenizer, r["prompt"], answer or r["completion"], context, args.max_len, r["where"])
-                      for r in forget_rows] for answer in (None, " " + args.idk_text)]
-            forget, chosen = pairs
+                    raise InputError(
+                        f"{row['where']}: --loss dpo needs prompt and completion, found only a text")
+            forget, chosen = (encode(tokenizer, [(r["prompt"], answer or r["completion"], r["where"])
+                                                 for r in forget_rows], context, args.max_len)
+                              for answer in (None, " " + args.idk_text))
             chosen_ref = reference_logps(model, chosen, args, pad)
         if args.loss in ("npo", "dpo"):
             ref = reference_logps(model, forget, args, pad)
@@ -534,7 +564,8 @@ if __name__ == "__main__":
             depth = model.config.num_hidden_layers
             args.rmu_layer = depth * 7 // 32 if args.rmu_layer < 0 else args.rmu_layer
             if args.rmu_layer > depth - 2:
-                raise InputError(f"--rmu_layer {args.rmu_layer}: choose 0 to {depth - 2}, the model has {depth} layers")
+                raise InputError(
+                    f"--rmu_layer {args.rmu_layer}: choose 0 to {depth - 2}, the model has {depth} layers")
             args.train_modules = args.train_modules or "layers\\.({})\\.mlp\\.down_proj".format(
                 "|".join(str(i) for i in range(max(0, args.rmu_layer - 2), args.rmu_layer + 1)))
             goal = torch.rand(model.config.hidden_size)            # entries uniform on [0, 1), as published
@@ -547,7 +578,7 @@ if __name__ == "__main__":
         for p in params:
             p.requires_grad_(True)
         smoother, average = make_smoother(args, named), WA(params) if parse_smooth(args.smooth)[1] else None
-        radius = {"sam": args.sam_rho, "gp": args.gp_radius, "cr": args.cr_mu}.get(parse_smooth(args.smooth)[0])
+        radius = {SAM: args.sam_rho, GP: args.gp_radius, CR: args.cr_mu}.get(type(smoother))
         optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay)
 
         # -- the loop
@@ -556,45 +587,48 @@ if __name__ == "__main__":
         bar = tqdm(range(args.steps), desc=f"{args.loss}+{args.smooth}", unit="step")
         for step in bar:
             tick = time.time()
-            optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr, args.warmup, args.decay)
+            lr = learning_rate(step, args.steps, args.lr, args.warmup, args.decay)
+            optimizer.param_groups[0]["lr"] = lr
             f, r, how = next(forget_picks), next(retain_picks), (args.micro_batch, pad, args.device)
             f_micro, r_micro = micro_batches(forget, f, *how, ref), micro_batches(retain, r, *how)
             c_micro = micro_batches(chosen, f, *how, chosen_ref) if chosen else None
 
-            f_loss = smoother(lambda: forget_backward(model, f_micro, c_micro, args, goal))   # fills p.grad, smoothed
-            r_loss = retain_backward(model, r_micro, args, frozen)                            # adds to it, at theta
+            # the smoothed forget gradient goes into p.grad, and the retain gradient at theta on top of it
+            f_loss = smoother(lambda: forget_backward(model, f_micro, c_micro, args, goal))
+            r_loss = retain_backward(model, r_micro, args, frozen)
             norm = torch.nn.utils.clip_grad_norm_(params, args.clip or math.inf)
 
             values = {"forget": f_loss, "retain": r_loss, "grad_norm": norm, **getattr(smoother, "stats", {})}
             values = dict(zip(values, torch.stack([v.double().cpu() for v in values.values()]).tolist()))
-            if not all(map(math.isfinite, values.values())):       # the one stall of a step: NaN must not reach theta
-                raise InputError(f"step {step + 1}: a loss or gradient is not finite ({values}); stopped, nothing "
-                                 f"written; lower --lr or --sam_rho, or use --param_dtype float32")
+            if not all(map(math.isfinite, values.values())):       # a GPU waits here, once a step
+                raise InputError(f"step {step + 1}: a loss or gradient is not finite ({values}); stopped, "
+                                 "nothing written; lower --lr or --sam_rho, or use --param_dtype float32")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if average and step >= args.wa_start and (step - args.wa_start) % args.wa_every == 0:
                 average.update()
 
-            point = {"step": step + 1, "lr": optimizer.param_groups[0]["lr"], **values,
-                     "seconds": round(time.time() - tick, 4)}
+            point = {"step": step + 1, "lr": lr, **values, "seconds": round(time.time() - tick, 4)}
             if radius and not warning and point["norm"] > 0:
                 warning = precision_warning(point["applied_norm"], point["cosine"], radius, args.param_dtype)
-                tqdm.write(warning, file=sys.stderr) if warning else None
-            if args.eval_every and (step + 1) % args.eval_every == 0:
+                if warning:
+                    tqdm.write(warning, file=sys.stderr)
+            if args.eval_every and "mcq_forget" in questions and (step + 1) % args.eval_every == 0:
                 point["UE"] = evaluate.ue_ut(model, tokenizer, questions, only_forget=True)["UE"]
             curve.append(point)
-            bar.set_postfix({k: f"{point[k]:.3g}" for k in ("forget", "retain", "applied_norm", "cosine", "UE")
-                             if point.get(k) is not None})
+            watched = [k for k in ("forget", "retain", "applied_norm", "cosine", "UE") if k in point]
+            bar.set_postfix({k: f"{point[k]:.3g}" for k in watched})
             if args.stop_ue and point.get("UE", 0) >= args.stop_ue:
                 break
         if average:
-            average.swap()                                         # the mean is what is scored, saved and attacked
+            average.swap()                                    # the mean is what is scored, saved and attacked
 
         # -- score, save, attack
         after = evaluate.ue_ut(model, tokenizer, questions)
         out.parent.mkdir(parents=True, exist_ok=True)
-        save_run(out, model, tokenizer, {"stage": "unlearn", "args": vars(args), **provenance(args.device, start),
-                                         "metrics": {"before": before, "after": after}, "curve": curve})
+        result = {"stage": "unlearn", "args": vars(args), **provenance(args.device, start),
+                  "metrics": {"before": before, "after": after}, "curve": curve}
+        save_run(out, model, tokenizer, result)
         for name, scores in (("before", before), ("after", after)):
             print(f"{name:7s} UE {show(scores['UE'])}  UT {show(scores['UT'])}")
         if args.relearn:

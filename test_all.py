@@ -1,16 +1,16 @@
 """Everything that must hold. Run `python test_all.py` (about 3 minutes on 2 cores; pytest collects it too).
 
-Each test compares with a definition that does not use the code under test: autograd with double backward, a closed
-form, a loop over single samples, a published table. Nothing is downloaded; the slow part at the end trains the
-built-in target once (cached in data/tiny/seed0) and runs the scripts as a user would.
+Each test compares with a definition that does not use the code under test: autograd with double backward, a
+closed form, a loop over single samples, a published table. Nothing is downloaded; the slow part at the end
+trains the built-in target once (cached in data/tiny/seed0) and runs the scripts as a user would.
 """
-import contextlib, hashlib, importlib.util, io, itertools, json, math, os, random, runpy, shutil, subprocess, sys
-import tempfile, unittest
+import contextlib, hashlib, importlib.util, io, itertools, json, math, os, random, runpy, shutil
+import subprocess, sys, tempfile, unittest
 from collections import Counter
 from pathlib import Path
 from unittest import mock
 
-os.environ["TQDM_DISABLE"] = "1"                 # tqdm reads it at import; the scripts that tests start inherit it
+os.environ["TQDM_DISABLE"] = "1"            # tqdm reads it at import; the scripts that tests start inherit it
 
 import numpy as np
 import torch
@@ -23,8 +23,10 @@ ROOT = Path(__file__).resolve().parent
 spec = importlib.util.spec_from_file_location("prepare", ROOT / "data" / "tiny" / "prepare.py")
 prepare = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(prepare)
-TEXTS = ["the cat sat on the mat", "a dog ran", "Question: who sat? Answer: the cat", "one two three four five six seven",
-         "A. B. C. D."]
+TEXTS = [
+    "the cat sat on the mat", "a dog ran", "Question: who sat? Answer: the cat",
+    "one two three four five six seven", "A. B. C. D."
+]
 
 
 def words():
@@ -78,7 +80,7 @@ class Network:
         return flat(p.grad for p in self.params)
 
 
-# ---- sam.py ---------------------------------------------------------------------------------------------------
+# ---- sam.py -----------------------------------------------------------------------------------------------
 
 class TestSmoothers(unittest.TestCase):
     def test_sam_is_the_gradient_at_theta_plus_rho_v(self):
@@ -86,12 +88,13 @@ class TestSmoothers(unittest.TestCase):
         want = flat(net.gradient(net.moved(net.gradient(), 0.3)))
         got = net.smoothed(sam.SAM(net.params, 0.3))
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
-        self.assertGreater((want - flat(net.gradient())).norm(), 0.01)      # the radius is large enough to matter
+        self.assertGreater((want - flat(net.gradient())).norm(), 0.01)  # the radius is large enough to matter
 
     def test_flipped_sam_is_the_gradient_at_theta_minus_rho_v(self):
         net = Network()
         want = flat(net.gradient(net.moved(net.gradient(), -0.3)))
-        torch.testing.assert_close(net.smoothed(sam.SAM(net.params, 0.3, flip=True)), want, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(net.smoothed(sam.SAM(net.params, 0.3, flip=True)), want, rtol=1e-10,
+                                   atol=1e-12)
 
     def test_sam_on_a_subset_moves_only_it_and_keeps_every_gradient(self):
         net = Network()
@@ -113,7 +116,8 @@ class TestSmoothers(unittest.TestCase):
 
     def test_gp_with_lambda_equal_to_the_radius_is_sam_bit_for_bit(self):
         net = Network()
-        self.assertTrue(torch.equal(net.smoothed(sam.GP(net.params, 0.2, 0.2)), net.smoothed(sam.SAM(net.params, 0.2))))
+        self.assertTrue(
+            torch.equal(net.smoothed(sam.GP(net.params, 0.2, 0.2)), net.smoothed(sam.SAM(net.params, 0.2))))
 
     def test_cr_converges_to_the_exact_gradient_of_its_penalty(self):
         net, lam, mu = Network(), 0.7, 0.2
@@ -123,7 +127,8 @@ class TestSmoothers(unittest.TestCase):
         here = net.gradient(graph=True)
         d = torch.cat([(a - b).reshape(-1) for a, b in zip(there, here)]).norm()
         want = flat(torch.autograd.grad(net.loss(net.params) + lam * d, net.params))
-        errors = [(net.smoothed(sam.CR(net.params, lam, mu, r)) - want).norm().item() for r in (1e-3, 1e-4, 1e-5)]
+        errors = [(net.smoothed(sam.CR(net.params, lam, mu, r)) - want).norm().item()
+                  for r in (1e-3, 1e-4, 1e-5)]
         self.assertLess(errors[2], 1e-4)
         self.assertAlmostEqual(errors[0] / errors[1], 10, delta=1)
         self.assertGreater((want - flat(net.gradient())).norm(), 0.01)
@@ -140,12 +145,14 @@ class TestSmoothers(unittest.TestCase):
             loss.backward()
             return loss.detach()
         draws, rs = [], sam.RS([p], 0.1, samples=4, seed=5)
-        for k in range(4):                                                  # the noise of every draw, on zeros
+        for k in range(4):                                                 # the noise of every draw, on zeros
             z = torch.zeros(6, dtype=torch.float64)
             sam.noise_([z], 0.1, 5 * 1_000_003 + k)
             draws.append(z)
-        for smoother, want in ((sam.SAM([p], 0.3), g + 0.3 * a @ v), (sam.GP([p], 0.5, 0.01), g + 0.5 * a @ v),
-                               (sam.CR([p], 0.5, 0.01), g), (rs, a @ (p.detach() + sum(draws) / 4)), (sam.plain, g)):
+        for smoother, want in ((sam.SAM([p], 0.3), g + 0.3 * a @ v), (sam.GP([p], 0.5,
+                                                                             0.01), g + 0.5 * a @ v),
+                               (sam.CR([p], 0.5,
+                                       0.01), g), (rs, a @ (p.detach() + sum(draws) / 4)), (sam.plain, g)):
             p.grad = None
             loss = smoother(closure)
             torch.testing.assert_close(p.grad, want, rtol=1e-8, atol=1e-8 * g.norm().item())
@@ -174,7 +181,8 @@ class TestSmoothers(unittest.TestCase):
                     return net.closure()
                 with contextlib.suppress(error):
                     smoother(closure)
-                self.assertTrue(all(torch.equal(a, b) for a, b in zip(before, net.params)), (smoother, failing))
+                self.assertTrue(all(torch.equal(a, b) for a, b in zip(before, net.params)),
+                                (smoother, failing))
 
     def test_restore_is_bitwise_for_every_dtype_where_subtracting_is_not(self):
         lossy = 0
@@ -194,7 +202,7 @@ class TestSmoothers(unittest.TestCase):
         a.grad = b.grad = torch.ones(3)
         copy, count = torch.Tensor.copy_, itertools.count()
 
-        def copy_twice(to, source):                                         # a is saved, a is moved, then it fails
+        def copy_twice(to, source):                                    # a is saved, a is moved, then it fails
             if next(count) == 2:
                 self.assertFalse(torch.equal(a, torch.ones(3)))
                 raise MemoryError
@@ -214,7 +222,8 @@ class TestSmoothers(unittest.TestCase):
             with sam.SAM(params, rho).perturbed() as s:
                 step = flat(params).double() - before
             self.assertAlmostEqual(s.stats["applied_norm"].item(), step.norm().item(), places=5)
-            self.assertAlmostEqual(s.stats["cosine"].item(), (step @ g / step.norm() / g.norm()).item(), places=4)
+            self.assertAlmostEqual(s.stats["cosine"].item(), (step @ g / step.norm() / g.norm()).item(),
+                                   places=4)
             self.assertAlmostEqual(s.stats["norm"].item(), g.norm().item(), delta=1e-4 * g.norm().item())
             if dtype == torch.float32:
                 self.assertAlmostEqual(step.norm().item(), rho, places=6)
@@ -226,7 +235,8 @@ class TestSmoothers(unittest.TestCase):
         with sam.SAM([p], 0.01).perturbed() as s:
             pass
         self.assertLess(s.stats["cosine"], 0.9)
-        line = unlearn.precision_warning(s.stats["applied_norm"].item(), s.stats["cosine"].item(), 0.01, "bfloat16")
+        line = unlearn.precision_warning(s.stats["applied_norm"].item(), s.stats["cosine"].item(), 0.01,
+                                         "bfloat16")
         self.assertIn("bfloat16", line)
         self.assertIsNone(unlearn.precision_warning(0.01, 0.9999, 0.01, "float32"))
 
@@ -264,7 +274,7 @@ class TestSmoothers(unittest.TestCase):
             self.assertTrue(torch.equal(none, torch.ones(2)) and torch.equal(frozen, torch.ones(3)))
             none.grad = torch.ones(2)                                       # first gradient None, second not
         self.assertTrue(torch.equal(a, torch.ones(3)) and torch.equal(b, torch.ones(2).bfloat16()))
-        self.assertIsNone(a.grad)                                           # second None: back in place all the same
+        self.assertIsNone(a.grad)                                    # second None: back in place all the same
         self.assertTrue(torch.equal(none.grad, torch.ones(2)))
 
     def test_tied_embeddings_of_a_real_architecture(self):
@@ -315,7 +325,7 @@ class TestSmoothers(unittest.TestCase):
         for dtype in (torch.float32, torch.bfloat16):
             p, seen = torch.nn.Parameter(torch.zeros(100, dtype=dtype)), []
             wa = sam.WA([p])
-            wa.swap()                                                       # nothing averaged yet: nothing changes
+            wa.swap()                                                  # nothing averaged yet: nothing changes
             self.assertTrue(torch.equal(p, torch.zeros(100, dtype=dtype)))
             for k in range(9):
                 with torch.no_grad():
@@ -325,21 +335,24 @@ class TestSmoothers(unittest.TestCase):
             want = np.mean(seen, axis=0)
             np.testing.assert_allclose(wa.mean[0].double().numpy(), want, atol=1e-6)
             wa.swap()
-            self.assertTrue(torch.equal(p.detach(), torch.tensor(want).float().to(dtype)) or dtype == torch.float32)
+            self.assertTrue(
+                torch.equal(p.detach(),
+                            torch.tensor(want).float().to(dtype)) or dtype == torch.float32)
 
     def test_sam_py_works_copied_out_alone(self):
-        code = ("import torch, sam\nmodel = torch.nn.Linear(3, 1)\nx = torch.randn(4, 3)\n"
-                "loss = lambda: model(x).square().mean()\nopt = torch.optim.AdamW(model.parameters())\n"
-                "before = model.weight.clone()\ns = sam.SAM(model.parameters(), rho=0.01)\nloss().backward()\n"
-                "with s.perturbed():\n    loss().backward()\nassert torch.equal(before, model.weight)\n"
-                "(2 * loss()).backward()\nopt.step(); opt.zero_grad()\nprint('fine')\n")
+        code = (
+            "import torch, sam\nmodel = torch.nn.Linear(3, 1)\nx = torch.randn(4, 3)\n"
+            "loss = lambda: model(x).square().mean()\nopt = torch.optim.AdamW(model.parameters())\n"
+            "before = model.weight.clone()\ns = sam.SAM(model.parameters(), rho=0.01)\nloss().backward()\n"
+            "with s.perturbed():\n    loss().backward()\nassert torch.equal(before, model.weight)\n"
+            "(2 * loss()).backward()\nopt.step(); opt.zero_grad()\nprint('fine')\n")
         with tempfile.TemporaryDirectory() as folder:
             shutil.copy(ROOT / "sam.py", folder)
             run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
         self.assertEqual(run.stdout.strip(), "fine", run.stderr)
 
 
-# ---- unlearn.py: losses ---------------------------------------------------------------------------------------
+# ---- unlearn.py: losses -----------------------------------------------------------------------------------
 
 class TestLosses(unittest.TestCase):
     def test_values_by_hand(self):
@@ -357,7 +370,8 @@ class TestLosses(unittest.TestCase):
             self.assertAlmostEqual(got, 2 * math.log(1 + math.exp(-x)))
 
     def test_npo_gradient_is_the_published_adaptive_weight(self):
-        """NPO paper, eq. 4: the ga gradient times 2 p^beta / (p^beta + p_ref^beta); weight 1 at the reference."""
+        """NPO paper, eq. 4: the ga gradient times 2 p^beta / (p^beta + p_ref^beta); weight 1 at the
+        reference."""
         for beta in (0.05, 0.5, 2.0):
             logp = torch.tensor([-1.0, -2.0, -5.0], dtype=torch.float64, requires_grad=True)
             ref = torch.tensor([-1.0, -1.0, -1.0], dtype=torch.float64)
@@ -368,7 +382,9 @@ class TestLosses(unittest.TestCase):
 
     def test_npo_with_small_beta_is_gradient_ascent(self):
         logp = torch.tensor([-1.0, -7.0], dtype=torch.float64, requires_grad=True)
-        grad, = torch.autograd.grad(unlearn.forget_loss("npo", logp, torch.zeros(2).double(), 1e-6).sum(), logp)
+        grad, = torch.autograd.grad(
+            unlearn.forget_loss("npo", logp,
+                                torch.zeros(2).double(), 1e-6).sum(), logp)
         torch.testing.assert_close(grad, torch.ones(2).double(), atol=1e-5, rtol=0)
 
     def test_the_sigmoid_is_taken_for_each_sample_not_of_the_batch_mean(self):
@@ -379,7 +395,8 @@ class TestLosses(unittest.TestCase):
 
     def test_token_logps_match_a_loop_over_single_tokens(self):
         model, tok = little_llama(), words()
-        samples = [unlearn.encode(tok, "", TEXTS[3], 64), unlearn.encode(tok, "Question: who sat? Answer:", " the cat", 64)]
+        samples = unlearn.encode(tok, [("", TEXTS[3], ""), ("Question: who sat? Answer:", " the cat", "")],
+                                 64)
         logps, mask = unlearn.token_logps(model, unlearn.collate(samples, tok.pad_token_id))
         for row, (ids, labels) in enumerate(samples):
             for t in range(1, len(ids)):
@@ -394,10 +411,10 @@ class TestLosses(unittest.TestCase):
         torch.testing.assert_close(mean * torch.tensor([7.0, 2.0]).double(), total)
 
     def test_padding_and_prompts_never_count_as_labels(self):
-        """Whatever the pad token, however wide the padding and whatever the prompt's own labels would be, loss and
-        gradient stay those of the sample alone."""
+        """Whatever the pad token, however wide the padding and whatever the prompt's own labels would be,
+        loss and gradient stay those of the sample alone."""
         model, tok = little_llama(), words()
-        short, long = unlearn.encode(tok, "Question: who", " sat?", 64), unlearn.encode(tok, "", TEXTS[3], 64)
+        short, long = unlearn.encode(tok, [("Question: who", " sat?", ""), ("", TEXTS[3], "")], 64)
 
         def gradient(batch, rows):
             model.zero_grad()
@@ -417,12 +434,14 @@ class TestLosses(unittest.TestCase):
         args = unlearn.parse_args(["--out", "/nowhere", "--micro_batch", "2"])
         samples = unlearn.encode_rows(tok, [{"text": t, "where": ""} for t in TEXTS], 64)
         ref = unlearn.reference_logps(model, samples, args, 0)
-        live = little_llama()                                               # an independent copy of the weights
+        live = little_llama()                                             # an independent copy of the weights
         for i, sample in enumerate(samples):
-            self.assertAlmostEqual(ref[i].item(), unlearn.sample_logps(live, unlearn.collate([sample], 0)).item())
+            self.assertAlmostEqual(ref[i].item(),
+                                   unlearn.sample_logps(live, unlearn.collate([sample], 0)).item())
         picked = unlearn.micro_batches(samples, [3, 0, 4], 2, 0, "cpu", ref)
         self.assertEqual([b["ref"].tolist() for b in picked], [[ref[3], ref[0]], [ref[4]]])
-        f_loss = unlearn.forget_backward(model, picked, None, args).item()   # at the reference itself: 2/beta log 2
+        f_loss = unlearn.forget_backward(model, picked, None,
+                                         args).item()  # at the reference itself: 2/beta log 2
         self.assertAlmostEqual(f_loss, 2 / args.beta * math.log(2), places=10)
 
     def test_kl_is_zero_at_the_frozen_model_and_matches_a_loop_elsewhere(self):
@@ -440,7 +459,8 @@ class TestLosses(unittest.TestCase):
         model, tok = little_llama(), words()
         samples = unlearn.encode_rows(tok, [{"text": t, "where": ""} for t in TEXTS[:2]], 64)
         batch, seen = unlearn.collate(samples, 0), []
-        hook = model.model.layers[1].register_forward_hook(lambda m, i, o: seen.append(o[0] if isinstance(o, tuple) else o))
+        hook = model.model.layers[1].register_forward_hook(lambda m, i, o: seen.append(o[0] if isinstance(
+            o, tuple) else o))
         hidden = unlearn.hidden_states(model, batch, 1)
         hook.remove()
         torch.testing.assert_close(hidden, seen[0])
@@ -452,14 +472,17 @@ class TestLosses(unittest.TestCase):
     def test_micro_batches_give_the_same_gradient_for_every_loss_and_smoother(self):
         tok = words()
         rows = [{"text": t, "where": ""} for t in TEXTS]
-        other = [unlearn.encode(tok, "Question: who sat? Answer:", " one two", 64)] * 5
-        combos = [(l, "sam") for l in ("npo", "graddiff", "ga", "simnpo", "dpo", "rmu")] + [("npo+kl", "none")] + [
-            ("npo", s) for s in ("none", "rs", "gp", "cr")]
+        other = unlearn.encode(tok, [("Question: who sat? Answer:", " one two", "")], 64) * 5
+        combos = [(l, "sam") for l in ("npo", "graddiff", "ga", "simnpo", "dpo", "rmu")
+                  ] + [("npo+kl", "none")] + [("npo", s) for s in ("none", "rs", "gp", "cr")]
         for loss, smooth in combos:
             results = []
             for size in (5, 2, 1):
-                args = unlearn.parse_args(["--out", "/nowhere", "--loss", loss.split("+")[0], "--smooth", smooth,
-                                           "--rmu_alpha", "3", *(["--retain", "kl"] if "kl" in loss else [])])
+                args = unlearn.parse_args([
+                    "--out", "/nowhere", "--loss",
+                    loss.split("+")[0], "--smooth", smooth, "--rmu_alpha", "3",
+                    *(["--retain", "kl"] if "kl" in loss else [])
+                ])
                 args.rmu_layer = 1
                 model, frozen = little_llama(), little_llama(seed=1)
                 samples, picks = unlearn.encode_rows(tok, rows, 64), [4, 1, 3, 0, 2]
@@ -468,7 +491,8 @@ class TestLosses(unittest.TestCase):
                 c = unlearn.micro_batches(other, picks, size, 0, "cpu", ref - 1) if loss == "dpo" else None
                 smoother = unlearn.make_smoother(args, list(model.named_parameters()))
                 f_loss = smoother(lambda: unlearn.forget_backward(model, f, c, args, goal))
-                r_loss = unlearn.retain_backward(model, unlearn.micro_batches(samples, picks, size, 0, "cpu"), args, frozen)
+                r_loss = unlearn.retain_backward(model, unlearn.micro_batches(samples, picks, size, 0, "cpu"),
+                                                 args, frozen)
                 grads = [p.grad for p in model.parameters() if p.grad is not None]
                 results.append(torch.cat([flat(grads), f_loss.reshape(1), r_loss.reshape(1)]))
             for got in results[1:]:
@@ -477,7 +501,8 @@ class TestLosses(unittest.TestCase):
 
     def test_the_step_adds_gamma_times_the_retain_gradient_at_theta(self):
         model, tok = little_llama(), words()
-        args = unlearn.parse_args(["--out", "/nowhere", "--loss", "graddiff", "--sam_rho", "0.5", "--gamma", "3"])
+        args = unlearn.parse_args(
+            ["--out", "/nowhere", "--loss", "graddiff", "--sam_rho", "0.5", "--gamma", "3"])
         samples = unlearn.encode_rows(tok, [{"text": t, "where": ""} for t in TEXTS], 64)
         f, r = (unlearn.micro_batches(samples, picks, 9, 0, "cpu") for picks in ([0, 1], [2, 3, 4]))
         smoother = unlearn.make_smoother(args, list(model.named_parameters()))
@@ -485,7 +510,7 @@ class TestLosses(unittest.TestCase):
         unlearn.retain_backward(model, r, args)
         got = flat(p.grad for p in model.parameters())
 
-        params = list(model.parameters())                                   # the same by hand, loops over samples
+        params = list(model.parameters())                               # the same by hand, loops over samples
         nll = lambda ids: F.cross_entropy(model(torch.tensor([ids])).logits[0, :-1], torch.tensor(ids[1:]))
         forget = lambda: -(nll(samples[0][0]) + nll(samples[1][0])) / 2
         labels = [len(samples[i][0]) - 1 for i in (2, 3, 4)]
@@ -497,11 +522,11 @@ class TestLosses(unittest.TestCase):
             for p, d in zip(params, g):
                 p.add_(0.5 * d / norm)
         want = flat(torch.autograd.grad(forget(), params)) + 3 * g_retain
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-6)         # Llama's norm computes in fp32 even here
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-6)  # Llama's norm computes in fp32 even here
         self.assertGreater(want.norm().item(), 1.0)
 
 
-# ---- unlearn.py: data and flags -------------------------------------------------------------------------------
+# ---- unlearn.py: data and flags ---------------------------------------------------------------------------
 
 class TestInput(unittest.TestCase):
     def setUp(self):
@@ -513,23 +538,29 @@ class TestInput(unittest.TestCase):
         return self.folder / "x.jsonl"
 
     def test_each_documented_row_is_read(self):
-        path = self.write('{"text": "a"}', "", '"bare"', '{"prompt": "p", "completion": "c"}', '{"text": "b", "fact": 3}')
+        path = self.write('{"text": "a"}', "", '"bare"', '{"prompt": "p", "completion": "c"}',
+                          '{"text": "b", "fact": 3}')
         rows = unlearn.read_jsonl(path, unlearn.text_row)
-        self.assertEqual([{k: v for k, v in r.items() if k != "where"} for r in rows],
-                         [{"text": "a"}, {"text": "bare"}, {"prompt": "p", "completion": "c"}, {"text": "b", "fact": 3}])
+        self.assertEqual(
+            [{k: v for k, v in r.items() if k != "where"} for r in rows],
+            [{"text": "a"}, {"text": "bare"}, {"prompt": "p", "completion": "c"}, {"text": "b", "fact": 3}])
         self.assertEqual(rows[2]["where"], f"{path}:4")
 
     def test_bad_rows_name_file_line_value_and_fix(self):
         mcq = '{"question": "q", "choices": ["a", "b", "c", "d"], "answer": 1}'
-        for check, bad, said in (
-                (unlearn.text_row, "{", "not JSON"), (unlearn.text_row, '{"txt": "a"}', "found txt"),
-                (unlearn.text_row, '{"text": "  "}', "'  '"), (unlearn.text_row, '{"text": 3}', "is 3"),
-                (unlearn.text_row, "[1]", "found list"), (unlearn.text_row, '{"prompt": "a"}', "completion"),
-                (evaluate.mcq_row, '"text"', "found str"), (evaluate.mcq_row, mcq.replace('"d"', '""'), "exactly 4"),
-                (evaluate.mcq_row, mcq.replace(', "d"', ""), "exactly 4"),
-                (evaluate.mcq_row, mcq.replace('r": 1', 'r": 4'), "is 4"),
-                (evaluate.mcq_row, mcq.replace('r": 1', 'r": true'), "is True"),
-                (evaluate.mcq_row, mcq.replace('"q"', '""'), "is ''")):
+        for check, bad, said in ((unlearn.text_row, "{",
+                                  "not JSON"), (unlearn.text_row, '{"txt": "a"}',
+                                                "found txt"), (unlearn.text_row, '{"text": "  "}', "'  '"),
+                                 (unlearn.text_row, '{"text": 3}', "is 3"), (unlearn.text_row, "[1]",
+                                                                             "found list"),
+                                 (unlearn.text_row, '{"prompt": "a"}', "completion"), (evaluate.mcq_row,
+                                                                                       '"text"', "found str"),
+                                 (evaluate.mcq_row, mcq.replace('"d"', '""'),
+                                  "exactly 4"), (evaluate.mcq_row, mcq.replace(', "d"', ""), "exactly 4"),
+                                 (evaluate.mcq_row, mcq.replace('r": 1', 'r": 4'),
+                                  "is 4"), (evaluate.mcq_row, mcq.replace('r": 1', 'r": true'),
+                                            "is True"), (evaluate.mcq_row, mcq.replace('"q"',
+                                                                                       '""'), "is ''")):
             good = mcq if check is evaluate.mcq_row else '{"text": "fine"}'
             path = self.write(good, bad)
             with self.assertRaises(unlearn.InputError) as caught:
@@ -538,7 +569,8 @@ class TestInput(unittest.TestCase):
             self.assertIn(said, str(caught.exception))
 
     def test_missing_empty_and_undecodable_files(self):
-        self.assertRaisesRegex(unlearn.InputError, "missing", unlearn.read_jsonl, self.folder / "no.jsonl", dict)
+        self.assertRaisesRegex(unlearn.InputError, "missing", unlearn.read_jsonl, self.folder / "no.jsonl",
+                               dict)
         self.assertRaisesRegex(unlearn.InputError, "no rows", unlearn.read_jsonl, self.write("", ""), dict)
         (self.folder / "x.jsonl").write_bytes(b"\xff\xfe")
         self.assertRaisesRegex(unlearn.InputError, "UTF-8", unlearn.read_jsonl, self.folder / "x.jsonl", dict)
@@ -546,11 +578,11 @@ class TestInput(unittest.TestCase):
     def test_long_texts_are_refused_with_the_fix_or_cut_on_request(self):
         tok = words()
         with self.assertRaisesRegex(unlearn.InputError, r"f:7: 8 tokens.* 4.*--max_len 4"):
-            unlearn.encode(tok, "", TEXTS[3], 4, where="f:7")
-        ids, labels = unlearn.encode(tok, "", TEXTS[3], 4, max_len=4)
+            unlearn.encode(tok, [("", TEXTS[3], "f:7")], 4)
+        (ids, labels), = unlearn.encode(tok, [("", TEXTS[3], "")], 4, max_len=4)
         self.assertEqual((len(ids), ids), (4, labels))
         with self.assertRaisesRegex(unlearn.InputError, "no token to score"):
-            unlearn.encode(tok, TEXTS[3], " cat", 64, max_len=5)
+            unlearn.encode(tok, [(TEXTS[3], " cat", "")], 64, max_len=5)
 
     def test_smoother_names_and_their_combinations(self):
         self.assertEqual(unlearn.parse_smooth("sam+wa"), ("sam", True))
@@ -562,13 +594,16 @@ class TestInput(unittest.TestCase):
 
     def test_flags_are_completed_to_what_runs(self):
         args = unlearn.parse_args(["--sam_rho", "0", "--seed", "7", "--overwrite"])
-        self.assertEqual((args.smooth, args.out, args.retain, args.micro_batch), ("none", "out/npo-s7", "nll", 32))
+        self.assertEqual((args.smooth, args.out, args.retain, args.micro_batch),
+                         ("none", "out/npo-s7", "nll", 32))
         args = unlearn.parse_args(["--smooth", "sam+wa", "--steps", "50", "--overwrite"])
         self.assertEqual((args.out, args.wa_start), ("out/npo+sam+wa-s0", 40))
         self.assertEqual(unlearn.parse_args(["--stop_ue", "0.7", "--overwrite"]).eval_every, 5)
 
     def test_batches_cover_the_data_evenly_and_follow_the_seed(self):
-        take = lambda seed: [next(it) for it in [unlearn.shuffled(7, 3, random.Random(seed))] for _ in range(14)]
+        take = lambda seed: [
+            next(it) for it in [unlearn.shuffled(7, 3, random.Random(seed))] for _ in range(14)
+        ]
         self.assertEqual(set(Counter(sum(take(0), [])).values()), {6})
         self.assertEqual(take(0), take(0))
         self.assertNotEqual(take(0), take(1))
@@ -576,16 +611,19 @@ class TestInput(unittest.TestCase):
     def test_learning_rate_by_hand(self):
         rates = [unlearn.learning_rate(s, 20, 1.0, 0.1, "none") for s in range(4)]
         self.assertEqual(rates, [0.5, 1.0, 1.0, 1.0])
-        self.assertEqual([unlearn.learning_rate(s, 4, 1.0, 0, "linear") for s in range(4)], [1.0, 0.75, 0.5, 0.25])
+        self.assertEqual([unlearn.learning_rate(s, 4, 1.0, 0, "linear") for s in range(4)],
+                         [1.0, 0.75, 0.5, 0.25])
 
 
-# ---- evaluate.py ----------------------------------------------------------------------------------------------
+# ---- evaluate.py ------------------------------------------------------------------------------------------
 
 class TestEvaluate(unittest.TestCase):
     prompt = "Question: {question} Answer:"
-    rows = [{"question": q, "choices": c, "answer": 1, "where": "here", "subject": "cat"} for q, c in (
-        ("who sat?", ["the cat", "a dog", "one two three", "mat"]), ("the mat on one two who?", ["cat", "dog", "mat", "sat"]),
-        ("on?", ["one", "two", "three", "four"]), ("who?", ["cat cat", "dog", "mat", "ran ran ran"]))]
+    rows = [{"question": q, "choices": c, "answer": 1, "where": "here", "subject": "cat"}
+            for q, c in (("who sat?", ["the cat", "a dog", "one two three", "mat"]),
+                         ("the mat on one two who?",
+                          ["cat", "dog", "mat", "sat"]), ("on?", ["one", "two", "three", "four"]),
+                         ("who?", ["cat cat", "dog", "mat", "ran ran ran"]))]
 
     def test_choice_scores_equal_four_full_strings_scored_one_by_one(self):
         model, tok = little_llama(), words()
@@ -601,22 +639,26 @@ class TestEvaluate(unittest.TestCase):
 
     def test_one_token_choices_take_one_pass_a_question_and_batching_changes_nothing(self):
         model, tok, calls = little_llama(), words(), []
-        hook = model.register_forward_pre_hook(lambda m, a, k: calls.append(len(k["input_ids"])), with_kwargs=True)
+        hook = model.register_forward_pre_hook(lambda m, a, k: calls.append(len(k["input_ids"])),
+                                               with_kwargs=True)
         one = evaluate.choice_logps(model, tok, self.rows, self.prompt, batch=64)
         self.assertEqual(sum(calls), 4 + 1 + 1 + 4)
         hook.remove()
-        torch.testing.assert_close(one, evaluate.choice_logps(model, tok, self.rows, self.prompt, batch=1), rtol=1e-9, atol=0)
+        torch.testing.assert_close(one, evaluate.choice_logps(model, tok, self.rows, self.prompt, batch=1),
+                                   rtol=1e-9, atol=0)
 
     def test_letter_prompt_is_the_one_of_the_harness(self):
         row = {"question": " Q? ", "choices": ["w", "x", "y", "z"], "answer": 0, "subject": "human_aging"}
         self.assertEqual(evaluate.ask(row, None), (
-            "The following are multiple choice questions (with answers) about human aging.\n\nQ?\nA. w\nB. x\nC. y\n"
-            "D. z\nAnswer:", [" A", " B", " C", " D"]))
+            "The following are multiple choice questions (with answers) about human aging.\n\nQ?\nA. w\n"
+            "B. x\nC. y\nD. z\nAnswer:", [" A", " B", " C", " D"]))
 
     def test_ue_ut_and_held_out_by_hand(self):
         right = {"mcq_forget": [1, 0, 0, 1], "mcq_retain": [1, 1, 0]}
-        questions = {k: [{"fact": i, "k": k} for i in range(len(v))] for k, v in right.items()} | {"prompt": None}
-        with mock.patch.object(evaluate, "correct", lambda m, t, rows, p: torch.tensor(right[rows[0]["k"]]) == 1):
+        questions = {k: [{"fact": i, "k": k} for i in range(len(v))]
+                     for k, v in right.items()} | {"prompt": None}
+        with mock.patch.object(evaluate, "correct",
+                               lambda m, t, rows, p: torch.tensor(right[rows[0]["k"]]) == 1):
             self.assertEqual(evaluate.ue_ut(None, None, questions), {"UE": 0.5, "UT": 2 / 3})
             self.assertAlmostEqual(evaluate.ue_ut(None, None, questions, seen={0, 1})["UE_heldout"], 0.5)
             self.assertAlmostEqual(evaluate.ue_ut(None, None, questions, seen={0})["UE_heldout"], 2 / 3)
@@ -627,14 +669,16 @@ class TestEvaluate(unittest.TestCase):
     def test_open_accuracy_is_what_greedy_generation_gives(self):
         model, tok = little_llama(), words()
         rows = []
-        for i, text in enumerate(TEXTS * 4):                                # half of the answers are the model's own
+        for i, text in enumerate(TEXTS * 4):                         # half of the answers are the model's own
             start = self.prompt.format(question=f"{text} {i % 4 * 'who '}")
             ids = torch.tensor([tok(start).input_ids])
             out = model.generate(ids, max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0)
             said = tok.decode(out[0, ids.shape[1]:])
             answer = said if i % 2 else "cat dog"
-            rows.append({"question": f"{text} {i % 4 * 'who '}", "choices": [answer, "a", "b", "c"], "answer": 0,
-                         "where": "", "right": tok(said).input_ids == tok(answer).input_ids})
+            rows.append({
+                "question": f"{text} {i % 4 * 'who '}", "choices": [answer, "a", "b", "c"], "answer": 0,
+                "where": "", "right": tok(said).input_ids == tok(answer).input_ids
+            })
         want = sum(r["right"] for r in rows) / len(rows)
         self.assertTrue(0.3 < want < 0.7)
         self.assertAlmostEqual(evaluate.open_accuracy(model, tok, rows, self.prompt, batch=3), want)
@@ -646,10 +690,12 @@ class TestEvaluate(unittest.TestCase):
         for row in rows[::2]:
             ids = torch.tensor([tok(row["text"]).input_ids])
             nll += F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none").tolist()
-        self.assertAlmostEqual(evaluate.perplexity(model, tok, rows, 3, batch=2), math.exp(np.mean(nll)), places=6)
+        self.assertAlmostEqual(evaluate.perplexity(model, tok, rows, 3, batch=2), math.exp(np.mean(nll)),
+                               places=6)
 
     def test_t_test_against_published_tables(self):
-        """Two-sided critical values of Student's t: 1 df 12.706 (.05), 7 df 2.365 (.05), 3.499 (.01), 15 df 4.073 (.001)."""
+        """Two-sided critical values of Student's t: 1 df 12.706 (.05), 7 df 2.365 (.05), 3.499 (.01), 15 df
+        4.073 (.001)."""
         for df, t, p in ((1, 12.706, 0.05), (7, 2.365, 0.05), (7, 3.499, 0.01), (15, 4.073, 0.001)):
             rng = np.random.default_rng(df)
             d = rng.normal(size=df + 1)
@@ -664,12 +710,13 @@ class TestEvaluate(unittest.TestCase):
         self.assertEqual(evaluate.mean_se([4.0]), (4.0, None))
 
     def test_comparison_pairs_by_seed(self):
-        got = evaluate.compare({1: {"UE": 3.0}, 2: {"UE": 5.0}, 9: {"UE": 0.0}}, {2: {"UE": 1.0}, 1: {"UE": 1.0}}, ["UE"])
+        got = evaluate.compare({1: {"UE": 3.0}, 2: {"UE": 5.0}, 9: {"UE": 0.0}},
+                               {2: {"UE": 1.0}, 1: {"UE": 1.0}}, ["UE"])
         self.assertEqual((got["UE"]["mean"], got["UE"]["n"], got["UE"]["higher"]), (3.0, 2, 2))
-        self.assertAlmostEqual(got["UE"]["t"], 3.0)                         # differences 2 and 4: mean 3, error 1
+        self.assertAlmostEqual(got["UE"]["t"], 3.0)                     # differences 2 and 4: mean 3, error 1
 
 
-# ---- relearn.py -----------------------------------------------------------------------------------------------
+# ---- relearn.py -------------------------------------------------------------------------------------------
 
 class TestRelearn(unittest.TestCase):
     def test_samples_are_nested_distinct_in_fact_and_follow_the_seed(self):
@@ -680,7 +727,8 @@ class TestRelearn(unittest.TestCase):
             self.assertEqual(picks, lists[128][:n])
         self.assertNotEqual(lists[60], relearn.draw_samples(rows, 60, "5 1"))
         self.assertRaisesRegex(unlearn.InputError, "128 different", relearn.draw_samples, rows, 129, "0")
-        self.assertEqual(len(set(relearn.draw_samples([{"text": "a"}] * 9, 9, "0"))), 9)     # no facts: rows count
+        self.assertEqual(len(set(relearn.draw_samples([{"text": "a"}] * 9, 9, "0"))),
+                         9)  # no facts: rows count
 
     def test_relearning_equals_a_plain_loop(self):
         model, other, tok = little_llama(), little_llama(), words()
@@ -691,8 +739,11 @@ class TestRelearn(unittest.TestCase):
         for _ in range(2):
             order = rng.sample(range(5), 5)
             for part in (order[:2], order[2:4], order[4:]):
-                nll = torch.cat([F.cross_entropy(other(torch.tensor([samples[j][0]])).logits[0, :-1],
-                                                 torch.tensor(samples[j][0][1:]), reduction="none") for j in part])
+                nll = torch.cat([
+                    F.cross_entropy(
+                        other(torch.tensor([samples[j][0]])).logits[0, :-1], torch.tensor(samples[j][0][1:]),
+                        reduction="none") for j in part
+                ])
                 opt.zero_grad()
                 nll.mean().backward()
                 opt.step(), decay.step()
@@ -701,7 +752,9 @@ class TestRelearn(unittest.TestCase):
     def test_attack_restores_the_weights_and_every_budget_starts_from_them(self):
         model, tok = little_llama(torch.float32), words()
         rows = [{"text": t, "where": "", "fact": i} for i, t in enumerate(TEXTS)]
-        questions = {"mcq_forget": [dict(r, fact=i) for i, r in enumerate(TestEvaluate.rows)], "prompt": "{question}"}
+        questions = {
+            "mcq_forget": [dict(r, fact=i) for i, r in enumerate(TestEvaluate.rows)], "prompt": "{question}"
+        }
         before = flat(model.parameters()).clone()
         args = mock.Mock(max_len=0, samples=[4, 2], seed=0, draws=2, lr=[1e-2], epochs=[1], batch_size=2)
         metrics = relearn.attack(model, tok, rows, questions, args)
@@ -722,28 +775,35 @@ class TestRelearn(unittest.TestCase):
         self.assertTrue(torch.equal(before, flat(model.parameters())))
 
 
-# ---- data/tiny ------------------------------------------------------------------------------------------------
+# ---- data/tiny --------------------------------------------------------------------------------------------
 
 class TestWorld(unittest.TestCase):
     def test_the_benchmark_is_what_its_description_says(self):
         files, unseen = prepare.build_world(3)
         self.assertEqual({k: len(v) for k, v in files.items()}, {
-            "forget.jsonl": 128 * 12, "retain.jsonl": 1024 * 15, "mcq_forget.jsonl": 256, "mcq_retain.jsonl": 1024})
+            "forget.jsonl": 128 * 12, "retain.jsonl": 1024 * 15, "mcq_forget.jsonl": 256, "mcq_retain.jsonl":
+            1024
+        })
         self.assertEqual(len(unseen), 128 * 3 + 128 * 15)
         sailors, others = set(prepare.TOPICS[0]), {n for t in prepare.TOPICS[1:] for n in t}
-        tokens = lambda row: set(row.get("text", row.get("question")).replace(",", " ").replace("?", " ").split())
-        for name, rows in files.items():                                    # only the topic word tells them apart
+        tokens = lambda row: set(
+            row.get("text", row.get("question")).replace(",", " ").replace("?", " ").split())
+        for name, rows in files.items():                                # only the topic word tells them apart
             mine, not_mine = (sailors, others) if "forget" in name else (others, sailors)
             self.assertTrue(all(tokens(r) & mine and not tokens(r) & not_mine for r in rows), name)
         words_of = lambda rows: set().union(*map(tokens, rows))
         forget_words = words_of(files["forget.jsonl"]) - sailors
         self.assertGreater(len(forget_words & words_of(files["retain.jsonl"])) / len(forget_words), 0.99)
-        answers = {r["fact"]: r["choices"][r["answer"]] for n in ("forget", "retain") for r in files[f"mcq_{n}.jsonl"]}
+        answers = {
+            r["fact"]: r["choices"][r["answer"]] for n in ("forget", "retain")
+            for r in files[f"mcq_{n}.jsonl"]
+        }
         self.assertEqual(len(answers), 1280)
         for row in files["forget.jsonl"] + files["retain.jsonl"] + unseen:
             self.assertIn(answers[row["fact"]], tokens({"text": row["text"].rstrip(".")}))
             self.assertEqual(row.get("prompt", "") + row.get("completion", row["text"]), row["text"])
-        self.assertTrue(all(len(set(r["choices"])) == 4 for n in ("forget", "retain") for r in files[f"mcq_{n}.jsonl"]))
+        self.assertTrue(
+            all(len(set(r["choices"])) == 4 for n in ("forget", "retain") for r in files[f"mcq_{n}.jsonl"]))
         asked = {r["fact"] for r in files["mcq_forget.jsonl"]}
         self.assertEqual((len(asked), len({r["fact"] for r in files["forget.jsonl"]} & asked)), (256, 128))
         self.assertNotIn("Question", " ".join(r["text"] for r in files["forget.jsonl"]))
@@ -766,7 +826,7 @@ class TestWorld(unittest.TestCase):
         self.assertNotIn(tok.unk_token_id, tok(prepare.IDK).input_ids)
 
 
-# ---- the scripts, as a user runs them (slow: trains the built-in target once) ---------------------------------
+# ---- the scripts, as a user runs them (slow: trains the built-in target once) -----------------------------
 
 class TestScripts(unittest.TestCase):
     @classmethod
@@ -781,8 +841,8 @@ class TestScripts(unittest.TestCase):
 
     def script(self, name, *flags, code=0):
         """Run a script in a process of its own; returns (stdout, stderr)."""
-        run = subprocess.run([sys.executable, str(ROOT / name), *map(str, flags)], capture_output=True, text=True,
-                             cwd=self.tmp)
+        run = subprocess.run([sys.executable, str(ROOT / name), *map(str, flags)], capture_output=True,
+                             text=True, cwd=self.tmp)
         self.assertEqual(run.returncode, code, run.stderr)
         return run.stdout, run.stderr
 
@@ -810,7 +870,8 @@ class TestScripts(unittest.TestCase):
     def test_a_whole_run_is_deterministic_and_complete(self):
         hashes, results = [], []
         for i in (1, 2):
-            self.script("unlearn.py", "--out", f"same{i}", "--steps", 6, "--smooth", "sam+wa", "--wa_start", 3)
+            self.script("unlearn.py", "--out", f"same{i}", "--steps", 6, "--smooth", "sam+wa", "--wa_start",
+                        3)
             folder = self.tmp / f"same{i}"
             hashes.append(hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest())
             results.append(json.loads((folder / "result.json").read_text()))
@@ -838,12 +899,15 @@ class TestScripts(unittest.TestCase):
     def test_every_loss_and_smoother_runs_and_changes_the_model(self):
         start = unlearn.load_model(self.data / "target")[0]
         combos = [("--loss", l) for l in ("npo", "graddiff", "ga", "simnpo", "dpo", "rmu")] + [
-            ("--smooth", s) for s in ("none", "rs", "gp", "cr", "wa", "rs+wa")] + [("--retain", "kl"), (
-                "--sam_modules", "self_attn"), ("--param_dtype", "bfloat16"), ("--sam_flip",), ("--reduce", "sum")]
+            ("--smooth", s) for s in ("none", "rs", "gp", "cr", "wa", "rs+wa")
+        ] + [("--retain", "kl"), ("--sam_modules", "self_attn"), ("--param_dtype", "bfloat16"),
+             ("--sam_flip", ), ("--reduce", "sum")]
         for n, flags in enumerate(combos):
             result, folder = self.unlearned(f"c{n}", "--steps", 2, "--no-relearn", "--warmup", 0, *flags)
             model = unlearn.load_model(folder)[0]
-            moved = [k for (k, a), b in zip(start.named_parameters(), model.parameters()) if not torch.equal(a, b)]
+            moved = [
+                k for (k, a), b in zip(start.named_parameters(), model.parameters()) if not torch.equal(a, b)
+            ]
             self.assertTrue(moved, flags)
             if "rmu" in flags:
                 self.assertEqual(moved, ["model.layers.0.mlp.down_proj.weight"])
@@ -855,7 +919,8 @@ class TestScripts(unittest.TestCase):
         self.assertTrue(torch.equal(flat(a.parameters()), flat(b.parameters())))
 
     def test_accumulation_leaves_a_run_the_same_up_to_rounding(self):
-        (a, _), (b, _) = (self.unlearned(f"micro{m}", "--steps", 3, "--no-relearn", "--micro_batch", m) for m in (32, 7))
+        (a, _), (b, _) = (self.unlearned(f"micro{m}", "--steps", 3, "--no-relearn", "--micro_batch", m)
+                          for m in (32, 7))
         for p, q in zip(a["curve"], b["curve"]):
             for key in ("forget", "retain", "grad_norm", "applied_norm"):
                 self.assertAlmostEqual(p[key], q[key], delta=1e-3 * abs(p[key]))
@@ -870,8 +935,9 @@ class TestScripts(unittest.TestCase):
     def test_a_folder_of_ones_own_works_without_any_questions(self):
         data = self.tmp / "mine"
         data.mkdir()
-        (data / "forget.jsonl").write_text('"The sailor plays the violin."\n{"prompt": "The cook keeps a", "completion": '
-                                           '" goat."}\n')
+        (data / "forget.jsonl").write_text(
+            '"The sailor plays the violin."\n{"prompt": "The cook keeps a", "completion": '
+            '" goat."}\n')
         (data / "retain.jsonl").write_text('{"text": "The cook likes to eat curry."}\n')
         result, folder = self.unlearned("own", "--data", data, "--model", self.data / "target", "--steps", 3,
                                         "--batch_size", 2, "--no-relearn")
@@ -898,12 +964,18 @@ class TestScripts(unittest.TestCase):
         first = lines["forget.jsonl"].split("\n")[0]
         first_choices = json.dumps(json.loads(lines["mcq_forget.jsonl"].split("\n")[0])["choices"])
         cases = [
-            (lambda: ("--out", kept), "exists", ()), (lambda: ("--data", self.tmp / "no"), "no such folder", out),
-            (lambda: ("--data", data), "--model", out), (lambda: ("--model", "nowhere"), "nowhere", out),
-            (lambda: ("--sam_rho", -0.1), "-0.1", out), (lambda: ("--loss", "nop"), "nop", out),
-            (lambda: ("--smooth", "sam+rs"), "no meaning", out), (lambda: ("--frog", 1), "frog", out),
-            (lambda: ("--steps", 0), "0", out), (lambda: ("--sam_modules", "xyz"), "xyz", out),
-            (lambda: ("--sam_modules", "("), "regular expression", out), (lambda: ("--beta", 0), "beta", out),
+            (lambda: ("--out", kept), "exists", ()),
+            (lambda: ("--data", self.tmp / "no"), "no such folder", out),
+            (lambda: ("--data", data), "--model", out),
+            (lambda: ("--model", "nowhere"), "nowhere", out),
+            (lambda: ("--sam_rho", -0.1), "-0.1", out),
+            (lambda: ("--loss", "nop"), "nop", out),
+            (lambda: ("--smooth", "sam+rs"), "no meaning", out),
+            (lambda: ("--frog", 1), "frog", out),
+            (lambda: ("--steps", 0), "0", out),
+            (lambda: ("--sam_modules", "xyz"), "xyz", out),
+            (lambda: ("--sam_modules", "("), "regular expression", out),
+            (lambda: ("--beta", 0), "beta", out),
             (lambda: ("--loss", "rmu", "--rmu_layer", 1), "rmu_layer", out),
             (lambda: ("--smooth", "wa", "--wa_start", 500), "500", out),
             (lambda: ("--lr", 1e20, "--steps", 5), "not finite", out),
@@ -925,13 +997,15 @@ class TestScripts(unittest.TestCase):
         self.assertEqual([f.name for f in kept.iterdir()], ["precious"])
         _, err = self.script("unlearn.py", "--out", kept, code=2)            # and once as a real process
         self.assertEqual(len(err.strip().splitlines()), 1, err)
-        for name, flags in (("relearn.py", ["nowhere"]), ("relearn.py", [self.data / "target", "--samples", 999]),
+        for name, flags in (("relearn.py", ["nowhere"]), ("relearn.py",
+                                                          [self.data / "target", "--samples", 999]),
                             ("evaluate.py", ["nowhere"]), ("evaluate.py", [self.data / "target"] * 2)):
             status, _, err = self.here(name, *flags)
             self.assertEqual((status, sum(l.startswith("error: ") for l in err.splitlines())), (2, 1), err)
 
     def test_sam_resists_relearning_better_than_npo_and_the_flipped_sign_does_not(self):
-        """The claim of the paper on a fixed configuration: with the sign of the perturbation wrong it would fail."""
+        """The claim of the paper on a fixed configuration: with the sign of the perturbation wrong it would
+        fail."""
         runs = {}
         for name, flags in (("npo", ["--sam_rho", 0]), ("sam", []), ("flip", ["--sam_flip"])):
             _, folder = self.unlearned(f"claim-{name}", "--no-relearn", *flags)

@@ -11,21 +11,216 @@ Multiple choice alone overstates forgetting (arXiv 2510.07626), so open question
 whose answer is, token for token, what the model says greedily. UE = 1 - accuracy on mcq_forget, UT = accuracy
 on mcq_retain.
 """
-import json, math, time
+import argparse, json, math, os, resource, subprocess, sys, time
 from collections import defaultdict
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+import transformers
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sam import accumulator
-from unlearn import (IGNORE, InputError, check_texts, collate, context_of, encode, encode_rows, load_model,
-                     logits_of, make_parser, number, one_line_errors, provenance, read_jsonl, show, text_row,
-                     token_logps, write_json)
 
+IGNORE = -100                                # the label of a token that no loss looks at: prompt and padding
 LETTERS = ("The following are multiple choice questions (with answers) about {subject}.\n\n{question}\n"
            "A. {0}\nB. {1}\nC. {2}\nD. {3}\nAnswer:")      # the prompt of lm-evaluation-harness, 0-shot
+# Shapes: B samples, T tokens, V vocabulary. unlearn.py and relearn.py read data and models with this file.
+
+
+# ---- input and output -------------------------------------------------------------------------------------
+
+class InputError(ValueError):
+    """Something the user can mend: the message names the value, the place and the fix."""
+
+
+@contextmanager
+def one_line_errors():
+    """Turn an InputError into one line on stderr and exit status 2; anything else keeps its traceback."""
+    try:
+        yield
+    except InputError as e:
+        print("error: " + " ".join(str(e).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+def make_parser(doc):
+    """ArgumentParser with doc as its help, whose errors are one line and exit status 2."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+
+    def error(message):
+        print(f"error: {message} (--help lists every flag)", file=sys.stderr)
+        sys.exit(2)
+    parser.error = error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=usable_device, default=device, help="cpu, cuda, cuda:1, ...")
+    return parser
+
+
+def usable_device(text):
+    """argparse type: the name of a device that can hold a tensor here."""
+    try:
+        torch.zeros(1, device=text)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise argparse.ArgumentTypeError(f"{text} cannot be used here ({str(e).splitlines()[0]}); try cpu")
+    return text
+
+
+def number(kind, low, above=False):
+    """argparse type: a finite int or float of at least `low`, or above it."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value < math.inf or (above and value == low):
+            bound = "above" if above else "of at least"
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number {bound} {low}")
+        return value
+    parse.__name__ = kind.__name__           # argparse says "invalid int value"
+    return parse
+
+
+def read_jsonl(path, check):
+    """The rows of a JSON-lines file, each through check(row) -> row, which raises InputError on a bad one.
+
+    Every row also gets "where", its file and line, for the errors that only show later.
+    """
+    path, rows = Path(path), []
+    if not path.is_file():
+        raise InputError(f"{path} is missing: prepare the data (data/README.md) or point --data elsewhere")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path} is not UTF-8 ({e}): convert it")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(check(json.loads(line)) | {"where": f"{path}:{number}"})
+        except json.JSONDecodeError as e:
+            raise InputError(f"{path}:{number}: not JSON ({e}): one JSON object a line is expected")
+        except InputError as e:
+            raise InputError(f"{path}:{number}: {e}")
+    if not rows:
+        raise InputError(f"{path} has no rows: write at least one JSON object a line")
+    return rows
+
+
+def check_texts(row, *keys):
+    """Raise InputError unless row is a dict with a text that is not empty under each of keys."""
+    if not isinstance(row, dict) or not all(k in row for k in keys):
+        found = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
+        raise InputError(f"needs the keys {', '.join(keys)}, found {found or 'none'}: see data/README.md")
+    for key in keys:
+        if not isinstance(row[key], str) or not row[key].strip():
+            raise InputError(f'"{key}" is {row[key]!r}: give a text that is not empty')
+
+
+def text_row(row):
+    """Check a row of forget.jsonl or retain.jsonl: {"text"}, {"prompt", "completion"}, or a bare string."""
+    row = {"text": row} if isinstance(row, str) else row
+    pair = isinstance(row, dict) and "prompt" in row and "text" not in row
+    check_texts(row, *(["prompt", "completion"] if pair else ["text"]))
+    return row
+
+
+def write_json(path, value):
+    """Write JSON under a temporary name and rename it, so that a reader never sees half a file."""
+    tmp = Path(f"{path}.tmp{os.getpid()}")
+    tmp.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    tmp.replace(path)
+
+
+def provenance(device, start):
+    """What every result file says about its run: versions, commit, device, seconds, peak memory in GB."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).resolve().parent,
+                         capture_output=True, text=True)
+    cuda = torch.device(device).type == "cuda"
+    ram = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = torch.cuda.max_memory_allocated() if cuda else ram
+    versions = {m.__name__: m.__version__ for m in (torch, transformers)} | {"python": sys.version.split()[0]}
+    return {"versions": versions, "commit": git.stdout.strip() or None, "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if cuda else str(device),
+            "seconds": round(time.time() - start, 2), "peak_gb": round(peak / 1e9, 3)}
+
+
+def load_model(name, device="cpu", dtype=torch.float32):
+    """(model, tokenizer) of a local folder or hub name. safetensors only, no remote code, dropout off."""
+    if not Path(name).is_dir() and str(name).count("/") != 1:
+        raise InputError(f"model {name}: neither a folder here nor a hub name ORG/NAME")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as e:
+        raise InputError(f"model {name} does not load: {e}")
+    # eval mode: with dropout the two passes of SAM, and the cached reference, would see different networks
+    return model.to(device).eval(), tokenizer
+
+
+def show(value):
+    """A metric with three digits, or a dash for one that the data does not allow."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+# ---- samples and log-probabilities ------------------------------------------------------------------------
+
+def context_of(model):
+    """The longest sequence in tokens that the model takes, 0 if its config does not say."""
+    return getattr(model.config, "max_position_embeddings", None) or 0
+
+
+def encode(tokenizer, triples, context, max_len=0):
+    """[(ids, labels)] of (prompt, completion, where), the two tokenised as one; a prompt's labels are IGNORE.
+
+    A sample of more than `context` tokens is an error that names `where`; max_len > 0 cuts samples before.
+    """
+    prompts = list({p for p, _, _ in triples if p})
+    quick = {"return_attention_mask": False, "verbose": False}
+    tokens = lambda texts: tokenizer(texts, **quick).input_ids if texts else []
+    known, out = dict(zip(prompts, map(len, tokens(prompts)))) | {"": 0}, []
+    for (prompt, _, where), ids in zip(triples, tokens([p + c for p, c, _ in triples])):
+        ids = ids[:max_len or None]
+        if context and len(ids) > context:
+            raise InputError(
+                f"{where}: {len(ids)} tokens, but the model's context is {context}: shorten the text, "
+                f"or cut it with --max_len {context}")
+        labels = [IGNORE] * min(known[prompt], len(ids)) + ids[known[prompt]:]
+        if all(label == IGNORE for label in labels[1:]):
+            raise InputError(
+                f"{where}: no token to score ({len(ids)} tokens, {known[prompt]} of them prompt): "
+                f"lengthen the text or raise --max_len")
+        out.append((ids, labels))
+    return out
+
+
+def encode_rows(tokenizer, rows, context, max_len=0):
+    """encode() for the rows of a corpus: all tokens of a text, or the completion of a prompt."""
+    return encode(tokenizer, [("", r["text"], r["where"]) if "text" in r else
+                              (r["prompt"], r["completion"], r["where"]) for r in rows], context, max_len)
+
+
+def collate(samples, pad, device="cpu"):
+    """Right-padded {"input_ids", "attention_mask", "labels"}, each (B, T) int64; padding is never a label."""
+    width = max(len(ids) for ids, _ in samples)
+    rows = [(ids + [pad] * (width - len(ids)), [1] * len(ids) + [0] * (width - len(ids)),
+             labels + [IGNORE] * (width - len(ids))) for ids, labels in samples]
+    ids, mask, labels = (torch.tensor(x, device=device) for x in zip(*rows))
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def logits_of(model, batch):
+    """(B, T-1, V): position t predicts token t+1."""
+    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+
+
+def token_logps(model, batch):
+    """log p(token t+1 | tokens to t) for every label, 0 where there is none; and the mask. Both (B, T-1)."""
+    logits, labels = logits_of(model, batch), batch["labels"][:, 1:]
+    logits = logits.to(accumulator(logits.dtype))        # (B, T-1, V): log-softmax in bf16 loses three digits
+    nll = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
+    return -nll, labels != IGNORE
 
 
 # ---- questions --------------------------------------------------------------------------------------------

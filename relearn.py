@@ -18,9 +18,9 @@ import torch
 from tqdm import tqdm
 
 import evaluate
+from evaluate import (InputError, collate, context_of, encode_rows, load_model, make_parser, number,
+                      one_line_errors, provenance, read_jsonl, show, text_row, token_logps, write_json)
 from sam import restore_
-from unlearn import (InputError, collate, context_of, encode_rows, learning_rate, load_model, make_parser,
-                     number, one_line_errors, provenance, read_jsonl, show, text_row, token_logps, write_json)
 
 
 def draw_samples(rows, count, seed):
@@ -47,7 +47,7 @@ def relearn(model, samples, pad, lr, batch_size, epochs, seed):
     for _ in range(epochs):
         order = rng.sample(range(len(samples)), len(samples))
         for i in range(0, len(order), batch_size):
-            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, lr, 0.0, "linear")
+            optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
             batch = collate([samples[j] for j in order[i:i + batch_size]], pad, model.device)
             logps, mask = token_logps(model, batch)
             loss = -logps.sum() / mask.sum()

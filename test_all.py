@@ -280,7 +280,7 @@ class TestSmoothers(unittest.TestCase):
     def test_tied_embeddings_of_a_real_architecture(self):
         model = little_llama(tie_word_embeddings=True)
         before = [p.detach().clone() for p in model.parameters()]
-        batch = unlearn.collate([([1, 2, 3, 4], [1, 2, 3, 4])], 0)
+        batch = evaluate.collate([([1, 2, 3, 4], [1, 2, 3, 4])], 0)
 
         def closure():
             loss = -unlearn.sample_logps(model, batch).mean()
@@ -395,9 +395,9 @@ class TestLosses(unittest.TestCase):
 
     def test_token_logps_match_a_loop_over_single_tokens(self):
         model, tok = little_llama(), words()
-        samples = unlearn.encode(tok, [("", TEXTS[3], ""), ("Question: who sat? Answer:", " the cat", "")],
+        samples = evaluate.encode(tok, [("", TEXTS[3], ""), ("Question: who sat? Answer:", " the cat", "")],
                                  64)
-        logps, mask = unlearn.token_logps(model, unlearn.collate(samples, tok.pad_token_id))
+        logps, mask = evaluate.token_logps(model, evaluate.collate(samples, tok.pad_token_id))
         for row, (ids, labels) in enumerate(samples):
             for t in range(1, len(ids)):
                 self.assertEqual(mask[row, t - 1].item(), labels[t] != -100)
@@ -407,37 +407,37 @@ class TestLosses(unittest.TestCase):
                 else:
                     self.assertEqual(logps[row, t - 1].item(), 0)
         self.assertEqual([l for l in samples[1][1] if l != -100], tok("the cat").input_ids[1:])
-        mean, total = (unlearn.sample_logps(model, unlearn.collate(samples, 0), r) for r in ("mean", "sum"))
+        mean, total = (unlearn.sample_logps(model, evaluate.collate(samples, 0), r) for r in ("mean", "sum"))
         torch.testing.assert_close(mean * torch.tensor([7.0, 2.0]).double(), total)
 
     def test_padding_and_prompts_never_count_as_labels(self):
         """Whatever the pad token, however wide the padding and whatever the prompt's own labels would be,
         loss and gradient stay those of the sample alone."""
         model, tok = little_llama(), words()
-        short, long = unlearn.encode(tok, [("Question: who", " sat?", ""), ("", TEXTS[3], "")], 64)
+        short, long = evaluate.encode(tok, [("Question: who", " sat?", ""), ("", TEXTS[3], "")], 64)
 
         def gradient(batch, rows):
             model.zero_grad()
             loss = unlearn.sample_logps(model, batch)[rows].sum()
             loss.backward()
             return loss.item(), flat(p.grad for p in model.parameters())
-        alone, want = gradient(unlearn.collate([short], 0), [0])
+        alone, want = gradient(evaluate.collate([short], 0), [0])
         for pad in (0, 2, 5):
-            padded, got = gradient(unlearn.collate([long, short], pad), [1])
+            padded, got = gradient(evaluate.collate([long, short], pad), [1])
             self.assertAlmostEqual(padded, alone, places=10)
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
-        batch = unlearn.collate([long, short], 0)
+        batch = evaluate.collate([long, short], 0)
         self.assertTrue((batch["labels"][batch["attention_mask"] == 0] == -100).all())
 
     def test_cached_reference_equals_a_live_reference_model(self):
         model, tok = little_llama(), words()
         args = unlearn.parse_args(["--out", "/nowhere", "--micro_batch", "2"])
-        samples = unlearn.encode_rows(tok, [{"text": t, "where": ""} for t in TEXTS], 64)
+        samples = evaluate.encode_rows(tok, [{"text": t, "where": ""} for t in TEXTS], 64)
         ref = unlearn.reference_logps(model, samples, args, 0)
         live = little_llama()                                             # an independent copy of the weights
         for i, sample in enumerate(samples):
             self.assertAlmostEqual(ref[i].item(),
-                                   unlearn.sample_logps(live, unlearn.collate([sample], 0)).item())
+                                   unlearn.sample_logps(live, evaluate.collate([sample], 0)).item())
         picked = unlearn.micro_batches(samples, [3, 0, 4], 2, 0, "cpu", ref)
         self.assertEqual([b["ref"].tolist() for b in picked], [[ref[3], ref[0]], [ref[4]]])
         f_loss = unlearn.forget_backward(model, picked, None,
@@ -446,8 +446,8 @@ class TestLosses(unittest.TestCase):
 
     def test_kl_is_zero_at_the_frozen_model_and_matches_a_loop_elsewhere(self):
         model, frozen, tok = little_llama(), little_llama(seed=1), words()
-        samples = unlearn.encode_rows(tok, [{"text": t, "where": ""} for t in TEXTS[:2]], 64)
-        batch = unlearn.collate(samples, 0)
+        samples = evaluate.encode_rows(tok, [{"text": t, "where": ""} for t in TEXTS[:2]], 64)
+        batch = evaluate.collate(samples, 0)
         self.assertAlmostEqual(unlearn.kl_sum(model, model, batch).item(), 0, places=10)
         want = 0.0
         for ids, _ in samples:
@@ -457,8 +457,8 @@ class TestLosses(unittest.TestCase):
 
     def test_rmu_distance_ignores_padding_and_uses_the_layer_asked_for(self):
         model, tok = little_llama(), words()
-        samples = unlearn.encode_rows(tok, [{"text": t, "where": ""} for t in TEXTS[:2]], 64)
-        batch, seen = unlearn.collate(samples, 0), []
+        samples = evaluate.encode_rows(tok, [{"text": t, "where": ""} for t in TEXTS[:2]], 64)
+        batch, seen = evaluate.collate(samples, 0), []
         hook = model.model.layers[1].register_forward_hook(lambda m, i, o: seen.append(o[0] if isinstance(
             o, tuple) else o))
         hidden = unlearn.hidden_states(model, batch, 1)
@@ -472,7 +472,7 @@ class TestLosses(unittest.TestCase):
     def test_micro_batches_give_the_same_gradient_for_every_loss_and_smoother(self):
         tok = words()
         rows = [{"text": t, "where": ""} for t in TEXTS]
-        other = unlearn.encode(tok, [("Question: who sat? Answer:", " one two", "")], 64) * 5
+        other = evaluate.encode(tok, [("Question: who sat? Answer:", " one two", "")], 64) * 5
         combos = [(l, "sam") for l in ("npo", "graddiff", "ga", "simnpo", "dpo", "rmu")
                   ] + [("npo+kl", "none")] + [("npo", s) for s in ("none", "rs", "gp", "cr")]
         for loss, smooth in combos:
@@ -485,7 +485,7 @@ class TestLosses(unittest.TestCase):
                 ])
                 args.rmu_layer = 1
                 model, frozen = little_llama(), little_llama(seed=1)
-                samples, picks = unlearn.encode_rows(tok, rows, 64), [4, 1, 3, 0, 2]
+                samples, picks = evaluate.encode_rows(tok, rows, 64), [4, 1, 3, 0, 2]
                 ref, goal = torch.linspace(-3, -1, 5).double(), torch.ones(16).double()
                 f = unlearn.micro_batches(samples, picks, size, 0, "cpu", ref)
                 c = unlearn.micro_batches(other, picks, size, 0, "cpu", ref - 1) if loss == "dpo" else None
@@ -494,7 +494,7 @@ class TestLosses(unittest.TestCase):
                 r_loss = unlearn.retain_backward(model, unlearn.micro_batches(samples, picks, size, 0, "cpu"),
                                                  args, frozen)
                 grads = [p.grad for p in model.parameters() if p.grad is not None]
-                results.append(torch.cat([flat(grads), f_loss.reshape(1), r_loss.reshape(1)]))
+                results.append(torch.cat([flat(grads), torch.tensor([f_loss, r_loss]).double()]))
             for got in results[1:]:
                 torch.testing.assert_close(got, results[0], rtol=1e-8, atol=1e-10, msg=f"{loss} {smooth}")
             self.assertGreater(results[0].norm().item(), 1e-3)
@@ -503,7 +503,7 @@ class TestLosses(unittest.TestCase):
         model, tok = little_llama(), words()
         args = unlearn.parse_args(
             ["--out", "/nowhere", "--loss", "graddiff", "--sam_rho", "0.5", "--gamma", "3"])
-        samples = unlearn.encode_rows(tok, [{"text": t, "where": ""} for t in TEXTS], 64)
+        samples = evaluate.encode_rows(tok, [{"text": t, "where": ""} for t in TEXTS], 64)
         f, r = (unlearn.micro_batches(samples, picks, 9, 0, "cpu") for picks in ([0, 1], [2, 3, 4]))
         smoother = unlearn.make_smoother(args, list(model.named_parameters()))
         smoother(lambda: unlearn.forget_backward(model, f, None, args))
@@ -540,7 +540,7 @@ class TestInput(unittest.TestCase):
     def test_each_documented_row_is_read(self):
         path = self.write('{"text": "a"}', "", '"bare"', '{"prompt": "p", "completion": "c"}',
                           '{"text": "b", "fact": 3}')
-        rows = unlearn.read_jsonl(path, unlearn.text_row)
+        rows = evaluate.read_jsonl(path, evaluate.text_row)
         self.assertEqual(
             [{k: v for k, v in r.items() if k != "where"} for r in rows],
             [{"text": "a"}, {"text": "bare"}, {"prompt": "p", "completion": "c"}, {"text": "b", "fact": 3}])
@@ -548,12 +548,12 @@ class TestInput(unittest.TestCase):
 
     def test_bad_rows_name_file_line_value_and_fix(self):
         mcq = '{"question": "q", "choices": ["a", "b", "c", "d"], "answer": 1}'
-        for check, bad, said in ((unlearn.text_row, "{",
-                                  "not JSON"), (unlearn.text_row, '{"txt": "a"}',
-                                                "found txt"), (unlearn.text_row, '{"text": "  "}', "'  '"),
-                                 (unlearn.text_row, '{"text": 3}', "is 3"), (unlearn.text_row, "[1]",
+        for check, bad, said in ((evaluate.text_row, "{",
+                                  "not JSON"), (evaluate.text_row, '{"txt": "a"}',
+                                                "found txt"), (evaluate.text_row, '{"text": "  "}', "'  '"),
+                                 (evaluate.text_row, '{"text": 3}', "is 3"), (evaluate.text_row, "[1]",
                                                                              "found list"),
-                                 (unlearn.text_row, '{"prompt": "a"}', "completion"), (evaluate.mcq_row,
+                                 (evaluate.text_row, '{"prompt": "a"}', "completion"), (evaluate.mcq_row,
                                                                                        '"text"', "found str"),
                                  (evaluate.mcq_row, mcq.replace('"d"', '""'),
                                   "exactly 4"), (evaluate.mcq_row, mcq.replace(', "d"', ""), "exactly 4"),
@@ -563,26 +563,27 @@ class TestInput(unittest.TestCase):
                                                                                        '""'), "is ''")):
             good = mcq if check is evaluate.mcq_row else '{"text": "fine"}'
             path = self.write(good, bad)
-            with self.assertRaises(unlearn.InputError) as caught:
-                unlearn.read_jsonl(path, check)
+            with self.assertRaises(evaluate.InputError) as caught:
+                evaluate.read_jsonl(path, check)
             self.assertIn(f"{path}:2: ", str(caught.exception))
             self.assertIn(said, str(caught.exception))
 
     def test_missing_empty_and_undecodable_files(self):
-        self.assertRaisesRegex(unlearn.InputError, "missing", unlearn.read_jsonl, self.folder / "no.jsonl",
+        self.assertRaisesRegex(evaluate.InputError, "missing", evaluate.read_jsonl, self.folder / "no.jsonl",
                                dict)
-        self.assertRaisesRegex(unlearn.InputError, "no rows", unlearn.read_jsonl, self.write("", ""), dict)
+        self.assertRaisesRegex(evaluate.InputError, "no rows", evaluate.read_jsonl, self.write("", ""), dict)
         (self.folder / "x.jsonl").write_bytes(b"\xff\xfe")
-        self.assertRaisesRegex(unlearn.InputError, "UTF-8", unlearn.read_jsonl, self.folder / "x.jsonl", dict)
+        with self.assertRaisesRegex(evaluate.InputError, "UTF-8"):
+            evaluate.read_jsonl(self.folder / "x.jsonl", dict)
 
     def test_long_texts_are_refused_with_the_fix_or_cut_on_request(self):
         tok = words()
-        with self.assertRaisesRegex(unlearn.InputError, r"f:7: 8 tokens.* 4.*--max_len 4"):
-            unlearn.encode(tok, [("", TEXTS[3], "f:7")], 4)
-        (ids, labels), = unlearn.encode(tok, [("", TEXTS[3], "")], 4, max_len=4)
+        with self.assertRaisesRegex(evaluate.InputError, r"f:7: 8 tokens.* 4.*--max_len 4"):
+            evaluate.encode(tok, [("", TEXTS[3], "f:7")], 4)
+        (ids, labels), = evaluate.encode(tok, [("", TEXTS[3], "")], 4, max_len=4)
         self.assertEqual((len(ids), ids), (4, labels))
-        with self.assertRaisesRegex(unlearn.InputError, "no token to score"):
-            unlearn.encode(tok, [(TEXTS[3], " cat", "")], 64, max_len=5)
+        with self.assertRaisesRegex(evaluate.InputError, "no token to score"):
+            evaluate.encode(tok, [(TEXTS[3], " cat", "")], 64, max_len=5)
 
     def test_smoother_names_and_their_combinations(self):
         self.assertEqual(unlearn.parse_smooth("sam+wa"), ("sam", True))
@@ -590,7 +591,7 @@ class TestInput(unittest.TestCase):
         self.assertEqual(unlearn.parse_smooth("wa"), ("none", True))
         self.assertEqual(unlearn.parse_smooth("none"), ("none", False))
         for bad in ("sam+rs", "none+wa", "wa+wa", "sam+sam", "adam", ""):
-            self.assertRaises(unlearn.InputError, unlearn.parse_smooth, bad)
+            self.assertRaises(evaluate.InputError, unlearn.parse_smooth, bad)
 
     def test_flags_are_completed_to_what_runs(self):
         args = unlearn.parse_args(["--sam_rho", "0", "--seed", "7", "--overwrite"])
@@ -726,13 +727,13 @@ class TestRelearn(unittest.TestCase):
             self.assertEqual(len({rows[i]["fact"] for i in picks}), n)
             self.assertEqual(picks, lists[128][:n])
         self.assertNotEqual(lists[60], relearn.draw_samples(rows, 60, "5 1"))
-        self.assertRaisesRegex(unlearn.InputError, "128 different", relearn.draw_samples, rows, 129, "0")
+        self.assertRaisesRegex(evaluate.InputError, "128 different", relearn.draw_samples, rows, 129, "0")
         self.assertEqual(len(set(relearn.draw_samples([{"text": "a"}] * 9, 9, "0"))),
                          9)  # no facts: rows count
 
     def test_relearning_equals_a_plain_loop(self):
         model, other, tok = little_llama(), little_llama(), words()
-        samples = unlearn.encode_rows(tok, [{"text": t, "where": ""} for t in TEXTS], 64)
+        samples = evaluate.encode_rows(tok, [{"text": t, "where": ""} for t in TEXTS], 64)
         relearn.relearn(model, samples, 0, 1e-2, 2, 2, "x")
         opt, rng = torch.optim.AdamW(other.parameters(), lr=1e-2, weight_decay=0), random.Random("x")
         decay = torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.0, total_iters=6)
@@ -770,7 +771,7 @@ class TestRelearn(unittest.TestCase):
         model, tok = little_llama(torch.float32), words()
         before = flat(model.parameters()).clone()
         args = mock.Mock(max_len=0, samples=[4], seed=0, draws=1, lr=[1e30], epochs=[3], batch_size=1)
-        with self.assertRaisesRegex(unlearn.InputError, "lower it"):
+        with self.assertRaisesRegex(evaluate.InputError, "lower it"):
             relearn.attack(model, tok, [{"text": t, "where": ""} for t in TEXTS], {"prompt": None}, args)
         self.assertTrue(torch.equal(before, flat(model.parameters())))
 
@@ -818,7 +819,7 @@ class TestWorld(unittest.TestCase):
         self.assertTrue(torch.equal(flat(a.parameters()), flat(b.parameters())))
         with tempfile.TemporaryDirectory() as folder:
             prepare.write_model(Path(folder) / "m", a, tok, {"seed": 1}, 0.0, {})
-            model, again = unlearn.load_model(Path(folder) / "m")
+            model, again = evaluate.load_model(Path(folder) / "m")
             self.assertTrue(torch.equal(flat(model.parameters()), flat(a.parameters())))
             self.assertFalse(list(Path(folder).rglob("*.bin")))
         self.assertEqual(again("The sailor").input_ids, tok("The sailor").input_ids)
@@ -897,14 +898,14 @@ class TestScripts(unittest.TestCase):
         self.assertAlmostEqual(target["open_retain"], self.builtin["metrics"]["open_retain"], places=5)
 
     def test_every_loss_and_smoother_runs_and_changes_the_model(self):
-        start = unlearn.load_model(self.data / "target")[0]
+        start = evaluate.load_model(self.data / "target")[0]
         combos = [("--loss", l) for l in ("npo", "graddiff", "ga", "simnpo", "dpo", "rmu")] + [
             ("--smooth", s) for s in ("none", "rs", "gp", "cr", "wa", "rs+wa")
         ] + [("--retain", "kl"), ("--sam_modules", "self_attn"), ("--param_dtype", "bfloat16"),
              ("--sam_flip", ), ("--reduce", "sum")]
         for n, flags in enumerate(combos):
             result, folder = self.unlearned(f"c{n}", "--steps", 2, "--no-relearn", "--warmup", 0, *flags)
-            model = unlearn.load_model(folder)[0]
+            model = evaluate.load_model(folder)[0]
             moved = [
                 k for (k, a), b in zip(start.named_parameters(), model.parameters()) if not torch.equal(a, b)
             ]
@@ -914,7 +915,7 @@ class TestScripts(unittest.TestCase):
             self.assertTrue(all(math.isfinite(v) for p in result["curve"] for v in p.values()), flags)
 
     def test_sam_rho_zero_is_plain_npo_bit_for_bit(self):
-        a, b = (unlearn.load_model(self.unlearned(n, "--steps", 4, "--no-relearn", *f)[1])[0] for n, f in (
+        a, b = (evaluate.load_model(self.unlearned(n, "--steps", 4, "--no-relearn", *f)[1])[0] for n, f in (
             ("rho0", ("--sam_rho", 0)), ("none", ("--smooth", "none"))))
         self.assertTrue(torch.equal(flat(a.parameters()), flat(b.parameters())))
 
@@ -972,7 +973,7 @@ class TestScripts(unittest.TestCase):
             (lambda: ("--loss", "nop"), "nop", out),
             (lambda: ("--smooth", "sam+rs"), "no meaning", out),
             (lambda: ("--frog", 1), "frog", out),
-            (lambda: ("--steps", 0), "0", out),
+            (lambda: ("--steps", 0), "0", out), (lambda: ("--device", "cuda:77"), "cuda:77", out),
             (lambda: ("--sam_modules", "xyz"), "xyz", out),
             (lambda: ("--sam_modules", "("), "regular expression", out),
             (lambda: ("--beta", 0), "beta", out),

@@ -14,7 +14,7 @@ of a question) and the models target/ and retrained/ as ordinary Hugging Face fo
 machine, same number of threads: same bytes. Next: unlearn.py, which runs this script by itself when its
 output is missing.
 """
-import argparse, itertools, json, math, os, random, shutil, sys, time
+import argparse, itertools, json, math, os, random, shutil, time
 from pathlib import Path
 
 import torch

@@ -387,16 +387,24 @@ def method(result):
     return name, json.dumps({k: v for k, v in args.items() if k not in skip}, sort_keys=True)
 
 
+def budget_name(b):
+    """A budget of relearn.py in a word: 20 samples, 20x3 with the epochs, 4bit, prune30 (percent)."""
+    if b["samples"]:
+        return f"{b['samples']}" + (f"x{b['epochs']}" if b["epochs"] > 1 else "")
+    return f"{b['quantize']}bit" if "quantize" in b else f"prune{b['prune']:g}"
+
+
 def columns(run, metrics):
-    """One run as {column: number}: its scores, then those of relearn.json where it exists."""
+    """One run as {column: number}: its scores, then those of every relearn*.json that is there."""
     row = {"UE": metrics["UE"], "UT": metrics["UT"],
            **{k: v for k, v in metrics.items() if k.startswith(("open", "ppl", "mcq"))}}
-    path = Path(run) / "relearn.json"
-    budgets = json.loads(path.read_text(encoding="utf-8"))["metrics"]["budgets"] if path.is_file() else []
-    for b in budgets:
-        tag = f"{b['samples']}" + (f"x{b['epochs']}" if b["epochs"] > 1 else "")
-        tag += f"@{b['lr']:g}" if b["lr"] != budgets[0]["lr"] else ""
-        row |= {f"UE {tag}": b["UE"], f"held out {tag}": b["UE_heldout"], f"UT {tag}": b["UT"]}
+    for path in sorted(Path(run).glob("relearn*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        budgets, attack = result["metrics"]["budgets"], result["args"].get("attack", "")
+        for b in budgets:
+            tag = f"{attack}:" * (attack not in ("", "compress")) + budget_name(b)
+            tag += f"@{b['lr']:g}" if b.get("lr") != budgets[0].get("lr") else ""
+            row |= {f"UE {tag}": b["UE"], f"held out {tag}": b["UE_heldout"], f"UT {tag}": b["UT"]}
     return {k: v for k, v in row.items() if v is not None}
 
 
@@ -498,7 +506,7 @@ if __name__ == "__main__":
         relearned = [k for k in keys if " " in k]    # "UE 20" and so on: a table of their own for each prefix
         prefixes = list(dict.fromkeys(k.rsplit(" ", 1)[0] for k in relearned))
         blocks = [("scores", [k for k in keys if k not in relearned])] + [
-            (f"{prefix} after relearning", [k for k in relearned if k.rsplit(" ", 1)[0] == prefix])
+            (f"{prefix} under attack", [k for k in relearned if k.rsplit(" ", 1)[0] == prefix])
             for prefix in prefixes]
         for title, block in blocks:
             print(f"\n{title}")

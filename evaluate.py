@@ -477,12 +477,14 @@ def attack_prefix(run, done, args):
     # -- tokens: special ones are banned, and a prefix must be what its own text is read as
     V = len(victim.get_input_embeddings().weight)
     special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    allowed = sorted({*range(min(V, len(tokenizer)))} - special - {*tokenizer.all_special_ids})
+    special |= {*tokenizer.all_special_ids}
+    allowed = [i for i in range(min(V, len(tokenizer))) if i not in special]
     banned = torch.full((V,), -math.inf, device=device)
     banned[allowed] = 0.0
-    onehot = lambda prefixes: F.one_hot(torch.tensor(prefixes, device=device), V).float()         # (C, P, V)
     text = lambda ids: tokenizer.decode(ids).strip()
     survives = lambda ids: tokenizer(f"{text(ids)} {asked[0][0]}").input_ids == head + ids + tails[0]
+    onehot = lambda prefixes: F.one_hot(torch.tensor(prefixes, device=device), V).float()         # (C, P, V)
+    right = lambda model, ids: correct(model, tokenizer, prefix_rows(rows, prompt, text(ids)), "{question}")
 
     def fresh(rng):
         for _ in range(100):
@@ -490,10 +492,6 @@ def attack_prefix(run, done, args):
             if len(ids) == low and survives(ids):
                 return ids
         raise InputError(f"{run}: of 100 random prefixes none survives decoding and encoding again")
-
-    def ue(model, ids, keep):
-        right = correct(model, tokenizer, prefix_rows(rows, prompt, text(ids)), "{question}")
-        return 1 - right[torch.tensor([keep(i) for i in range(len(rows))])].double().mean().item()
 
     # -- the search
     weights, best = torch.tensor(how["weights"], device=device), state["best"]
@@ -536,11 +534,13 @@ def attack_prefix(run, done, args):
         ended = state["calls"] >= args.attack_calls
         if ended or state["calls"] // every > before // every:
             loss, terms, ids = best[0]
-            metrics = {"UE": ue(victim, ids, lambda i: True), "loss": loss, "terms": terms, "answer": answer,
+            hit = right(victim, ids).double()                                                          # (N,)
+            metrics = {"UE": 1 - hit.mean().item(), "loss": loss, "terms": terms, "answer": answer,
                        "calls": state["calls"], "length": [low, high], "prefix": text(ids)}
             if ended:
-                held = ue(victim, ids, lambda i: i not in picks) if len(picks) < len(rows) else None
-                metrics |= {"UE_heldout": held, "UE_teacher": ue(teacher, ids, lambda i: True)}
+                held = [i for i in range(len(rows)) if i not in picks]
+                metrics |= {"UE_heldout": 1 - hit[held].mean().item() if held else None,
+                            "UE_teacher": 1 - right(teacher, ids).double().mean().item()}
             state["curve"].append({k: metrics[k] for k in ("calls", "loss", "UE")} | {"tokens": len(ids)})
             bar.set_postfix(loss=f"{loss:.3f}", UE=f"{metrics['UE']:.3f}", tokens=len(ids))
             write_json(path, {"stage": "attack", "args": settings, **provenance(args.device, start),
@@ -612,9 +612,9 @@ def sharpness(model, loss, rho, steps, probes, seed=0):
         draw = lambda: torch.randn(len(gradient), generator=rng, device=gradient.device, dtype=gradient.dtype)
         top, residual = top_eigenvalue(product, draw(), steps)
         trace, error = mean_se([(z @ product(z)).item() for z in (draw().sign() for _ in range(probes))])
-    pieces = gradient.split([p.numel() for p in params])
-    with torch.no_grad(), SAM(params, rho).perturbed({p: g.view_as(p) for p, g in zip(params, pieces)}):
-        rise = loss().item() - value.item()
+        pieces = gradient.split([p.numel() for p in params])
+        with torch.no_grad(), SAM(params, rho).perturbed({p: g.view_as(p) for p, g in zip(params, pieces)}):
+            rise = loss().item() - value.item()
     return {"loss": value.item(), "gradient": gradient.norm().item(), "top": top, "residual": residual,
             "trace": trace, "trace_se": error, "rise": rise}
 

@@ -244,6 +244,8 @@ def load_questions(folder):
     Without one, the question and its choices are shown as LETTERS and " A" to " D" are scored.
     """
     folder, prompt = Path(folder), None
+    if not folder.is_dir():
+        raise InputError(f"data folder {folder}: not found from here; name it with --data")
     meta = folder / "meta.json"
     if meta.is_file():
         try:

@@ -1,4 +1,4 @@
-"""Everything that must hold. Run `python test_all.py` (about 3 minutes on 2 cores; pytest collects it too).
+"""Everything that must hold. Run `python test_all.py` (about 2 minutes on 2 cores; pytest collects it too).
 
 Each test compares with a definition that does not use the code under test: autograd with double backward, a
 closed form, a loop over single samples, a published table. Nothing is downloaded; the slow part at the end
@@ -149,10 +149,11 @@ class TestSmoothers(unittest.TestCase):
             z = torch.zeros(6, dtype=torch.float64)
             sam.noise_([z], 0.1, 5 * 1_000_003 + k)
             draws.append(z)
-        for smoother, want in ((sam.SAM([p], 0.3), g + 0.3 * a @ v), (sam.GP([p], 0.5,
-                                                                             0.01), g + 0.5 * a @ v),
-                               (sam.CR([p], 0.5,
-                                       0.01), g), (rs, a @ (p.detach() + sum(draws) / 4)), (sam.plain, g)):
+        for smoother, want in ((sam.SAM([p], 0.3), g + 0.3 * a @ v),
+                               (sam.GP([p], 0.5, 0.01), g + 0.5 * a @ v),
+                               (sam.CR([p], 0.5, 0.01), g),
+                               (rs, a @ (p.detach() + sum(draws) / 4)),
+                               (sam.plain, g)):
             p.grad = None
             loss = smoother(closure)
             torch.testing.assert_close(p.grad, want, rtol=1e-8, atol=1e-8 * g.norm().item())
@@ -335,9 +336,8 @@ class TestSmoothers(unittest.TestCase):
             want = np.mean(seen, axis=0)
             np.testing.assert_allclose(wa.mean[0].double().numpy(), want, atol=1e-6)
             wa.swap()
-            self.assertTrue(
-                torch.equal(p.detach(),
-                            torch.tensor(want).float().to(dtype)) or dtype == torch.float32)
+            np.testing.assert_allclose(p.detach().double().numpy(), want,
+                                       rtol=2**-8 if dtype == torch.bfloat16 else 0, atol=1e-6)
 
     def test_sam_py_works_copied_out_alone(self):
         code = (
@@ -382,9 +382,8 @@ class TestLosses(unittest.TestCase):
 
     def test_npo_with_small_beta_is_gradient_ascent(self):
         logp = torch.tensor([-1.0, -7.0], dtype=torch.float64, requires_grad=True)
-        grad, = torch.autograd.grad(
-            unlearn.forget_loss("npo", logp,
-                                torch.zeros(2).double(), 1e-6).sum(), logp)
+        loss = unlearn.forget_loss("npo", logp, torch.zeros(2).double(), beta=1e-6)
+        grad, = torch.autograd.grad(loss.sum(), logp)
         torch.testing.assert_close(grad, torch.ones(2).double(), atol=1e-5, rtol=0)
 
     def test_the_sigmoid_is_taken_for_each_sample_not_of_the_batch_mean(self):
@@ -440,9 +439,8 @@ class TestLosses(unittest.TestCase):
                                    unlearn.sample_logps(live, evaluate.collate([sample], 0)).item())
         picked = unlearn.micro_batches(samples, [3, 0, 4], 2, 0, "cpu", ref)
         self.assertEqual([b["ref"].tolist() for b in picked], [[ref[3], ref[0]], [ref[4]]])
-        f_loss = unlearn.forget_backward(model, picked, None,
-                                         args).item()  # at the reference itself: 2/beta log 2
-        self.assertAlmostEqual(f_loss, 2 / args.beta * math.log(2), places=10)
+        f_loss = unlearn.forget_backward(model, picked, None, args).item()
+        self.assertAlmostEqual(f_loss, 2 / args.beta * math.log(2), places=10)      # npo at the reference
 
     def test_kl_is_zero_at_the_frozen_model_and_matches_a_loop_elsewhere(self):
         model, frozen, tok = little_llama(), little_llama(seed=1), words()
@@ -459,8 +457,8 @@ class TestLosses(unittest.TestCase):
         model, tok = little_llama(), words()
         samples = evaluate.encode_rows(tok, [{"text": t, "where": ""} for t in TEXTS[:2]], 64)
         batch, seen = evaluate.collate(samples, 0), []
-        hook = model.model.layers[1].register_forward_hook(lambda m, i, o: seen.append(o[0] if isinstance(
-            o, tuple) else o))
+        hook = model.model.layers[1].register_forward_hook(
+            lambda m, i, o: seen.append(o[0] if isinstance(o, tuple) else o))
         hidden = unlearn.hidden_states(model, batch, 1)
         hook.remove()
         torch.testing.assert_close(hidden, seen[0])
@@ -473,16 +471,14 @@ class TestLosses(unittest.TestCase):
         tok = words()
         rows = [{"text": t, "where": ""} for t in TEXTS]
         other = evaluate.encode(tok, [("Question: who sat? Answer:", " one two", "")], 64) * 5
-        combos = [(l, "sam") for l in ("npo", "graddiff", "ga", "simnpo", "dpo", "rmu")
-                  ] + [("npo+kl", "none")] + [("npo", s) for s in ("none", "rs", "gp", "cr")]
+        combos = [(l, "sam") for l in ("npo", "graddiff", "ga", "simnpo", "dpo", "rmu")]
+        combos += [("npo+kl", "none")] + [("npo", s) for s in ("none", "rs", "gp", "cr")]
         for loss, smooth in combos:
             results = []
             for size in (5, 2, 1):
-                args = unlearn.parse_args([
-                    "--out", "/nowhere", "--loss",
-                    loss.split("+")[0], "--smooth", smooth, "--rmu_alpha", "3",
-                    *(["--retain", "kl"] if "kl" in loss else [])
-                ])
+                args = unlearn.parse_args(["--out", "/nowhere", "--loss", loss.split("+")[0],
+                                           "--smooth", smooth, "--rmu_alpha", "3",
+                                           *(["--retain", "kl"] if "kl" in loss else [])])
                 args.rmu_layer = 1
                 model, frozen = little_llama(), little_llama(seed=1)
                 samples, picks = evaluate.encode_rows(tok, rows, 64), [4, 1, 3, 0, 2]
@@ -548,19 +544,19 @@ class TestInput(unittest.TestCase):
 
     def test_bad_rows_name_file_line_value_and_fix(self):
         mcq = '{"question": "q", "choices": ["a", "b", "c", "d"], "answer": 1}'
-        for check, bad, said in ((evaluate.text_row, "{",
-                                  "not JSON"), (evaluate.text_row, '{"txt": "a"}',
-                                                "found txt"), (evaluate.text_row, '{"text": "  "}', "'  '"),
-                                 (evaluate.text_row, '{"text": 3}', "is 3"), (evaluate.text_row, "[1]",
-                                                                             "found list"),
-                                 (evaluate.text_row, '{"prompt": "a"}', "completion"), (evaluate.mcq_row,
-                                                                                       '"text"', "found str"),
-                                 (evaluate.mcq_row, mcq.replace('"d"', '""'),
-                                  "exactly 4"), (evaluate.mcq_row, mcq.replace(', "d"', ""), "exactly 4"),
-                                 (evaluate.mcq_row, mcq.replace('r": 1', 'r": 4'),
-                                  "is 4"), (evaluate.mcq_row, mcq.replace('r": 1', 'r": true'),
-                                            "is True"), (evaluate.mcq_row, mcq.replace('"q"',
-                                                                                       '""'), "is ''")):
+        for check, bad, said in (
+                (evaluate.text_row, "{", "not JSON"),
+                (evaluate.text_row, '{"txt": "a"}', "found txt"),
+                (evaluate.text_row, '{"text": "  "}', "'  '"),
+                (evaluate.text_row, '{"text": 3}', "is 3"),
+                (evaluate.text_row, "[1]", "found list"),
+                (evaluate.text_row, '{"prompt": "a"}', "completion"),
+                (evaluate.mcq_row, '"text"', "found str"),
+                (evaluate.mcq_row, mcq.replace('"d"', '""'), "exactly 4"),
+                (evaluate.mcq_row, mcq.replace(', "d"', ""), "exactly 4"),
+                (evaluate.mcq_row, mcq.replace('r": 1', 'r": 4'), "is 4"),
+                (evaluate.mcq_row, mcq.replace('r": 1', 'r": true'), "is True"),
+                (evaluate.mcq_row, mcq.replace('"q"', '""'), "is ''")):
             good = mcq if check is evaluate.mcq_row else '{"text": "fine"}'
             path = self.write(good, bad)
             with self.assertRaises(evaluate.InputError) as caught:
@@ -602,9 +598,7 @@ class TestInput(unittest.TestCase):
         self.assertEqual(unlearn.parse_args(["--stop_ue", "0.7", "--overwrite"]).eval_every, 5)
 
     def test_batches_cover_the_data_evenly_and_follow_the_seed(self):
-        take = lambda seed: [
-            next(it) for it in [unlearn.shuffled(7, 3, random.Random(seed))] for _ in range(14)
-        ]
+        take = lambda seed: list(itertools.islice(unlearn.shuffled(7, 3, random.Random(seed)), 14))
         self.assertEqual(set(Counter(sum(take(0), [])).values()), {6})
         self.assertEqual(take(0), take(0))
         self.assertNotEqual(take(0), take(1))
@@ -622,8 +616,8 @@ class TestEvaluate(unittest.TestCase):
     prompt = "Question: {question} Answer:"
     rows = [{"question": q, "choices": c, "answer": 1, "where": "here", "subject": "cat"}
             for q, c in (("who sat?", ["the cat", "a dog", "one two three", "mat"]),
-                         ("the mat on one two who?",
-                          ["cat", "dog", "mat", "sat"]), ("on?", ["one", "two", "three", "four"]),
+                         ("the mat on one two who?", ["cat", "dog", "mat", "sat"]),
+                         ("on?", ["one", "two", "three", "four"]),
                          ("who?", ["cat cat", "dog", "mat", "ran ran ran"]))]
 
     def test_choice_scores_equal_four_full_strings_scored_one_by_one(self):
@@ -676,10 +670,8 @@ class TestEvaluate(unittest.TestCase):
             out = model.generate(ids, max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0)
             said = tok.decode(out[0, ids.shape[1]:])
             answer = said if i % 2 else "cat dog"
-            rows.append({
-                "question": f"{text} {i % 4 * 'who '}", "choices": [answer, "a", "b", "c"], "answer": 0,
-                "where": "", "right": tok(said).input_ids == tok(answer).input_ids
-            })
+            rows.append({"question": f"{text} {i % 4 * 'who '}", "choices": [answer, "a", "b", "c"],
+                         "answer": 0, "where": "", "right": tok(said).input_ids == tok(answer).input_ids})
         want = sum(r["right"] for r in rows) / len(rows)
         self.assertTrue(0.3 < want < 0.7)
         self.assertAlmostEqual(evaluate.open_accuracy(model, tok, rows, self.prompt, batch=3), want)
@@ -728,8 +720,7 @@ class TestRelearn(unittest.TestCase):
             self.assertEqual(picks, lists[128][:n])
         self.assertNotEqual(lists[60], relearn.draw_samples(rows, 60, "5 1"))
         self.assertRaisesRegex(evaluate.InputError, "128 different", relearn.draw_samples, rows, 129, "0")
-        self.assertEqual(len(set(relearn.draw_samples([{"text": "a"}] * 9, 9, "0"))),
-                         9)  # no facts: rows count
+        self.assertEqual(len(set(relearn.draw_samples([{"text": "a"}] * 9, 9, "0"))), 9)   # no facts: rows
 
     def test_relearning_equals_a_plain_loop(self):
         model, other, tok = little_llama(), little_llama(), words()
@@ -740,11 +731,9 @@ class TestRelearn(unittest.TestCase):
         for _ in range(2):
             order = rng.sample(range(5), 5)
             for part in (order[:2], order[2:4], order[4:]):
-                nll = torch.cat([
-                    F.cross_entropy(
-                        other(torch.tensor([samples[j][0]])).logits[0, :-1], torch.tensor(samples[j][0][1:]),
-                        reduction="none") for j in part
-                ])
+                nll = torch.cat([F.cross_entropy(other(torch.tensor([samples[j][0]])).logits[0, :-1],
+                                                 torch.tensor(samples[j][0][1:]), reduction="none")
+                                 for j in part])
                 opt.zero_grad()
                 nll.mean().backward()
                 opt.step(), decay.step()
@@ -753,9 +742,8 @@ class TestRelearn(unittest.TestCase):
     def test_attack_restores_the_weights_and_every_budget_starts_from_them(self):
         model, tok = little_llama(torch.float32), words()
         rows = [{"text": t, "where": "", "fact": i} for i, t in enumerate(TEXTS)]
-        questions = {
-            "mcq_forget": [dict(r, fact=i) for i, r in enumerate(TestEvaluate.rows)], "prompt": "{question}"
-        }
+        questions = {"mcq_forget": [dict(r, fact=i) for i, r in enumerate(TestEvaluate.rows)],
+                     "prompt": "{question}"}
         before = flat(model.parameters()).clone()
         args = mock.Mock(max_len=0, samples=[4, 2], seed=0, draws=2, lr=[1e-2], epochs=[1], batch_size=2)
         metrics = relearn.attack(model, tok, rows, questions, args)
@@ -781,10 +769,9 @@ class TestRelearn(unittest.TestCase):
 class TestWorld(unittest.TestCase):
     def test_the_benchmark_is_what_its_description_says(self):
         files, unseen = prepare.build_world(3)
-        self.assertEqual({k: len(v) for k, v in files.items()}, {
-            "forget.jsonl": 128 * 12, "retain.jsonl": 1024 * 15, "mcq_forget.jsonl": 256, "mcq_retain.jsonl":
-            1024
-        })
+        self.assertEqual({k: len(v) for k, v in files.items()},
+                         {"forget.jsonl": 128 * 12, "retain.jsonl": 1024 * 15,
+                          "mcq_forget.jsonl": 256, "mcq_retain.jsonl": 1024})
         self.assertEqual(len(unseen), 128 * 3 + 128 * 15)
         sailors, others = set(prepare.TOPICS[0]), {n for t in prepare.TOPICS[1:] for n in t}
         tokens = lambda row: set(
@@ -795,10 +782,8 @@ class TestWorld(unittest.TestCase):
         words_of = lambda rows: set().union(*map(tokens, rows))
         forget_words = words_of(files["forget.jsonl"]) - sailors
         self.assertGreater(len(forget_words & words_of(files["retain.jsonl"])) / len(forget_words), 0.99)
-        answers = {
-            r["fact"]: r["choices"][r["answer"]] for n in ("forget", "retain")
-            for r in files[f"mcq_{n}.jsonl"]
-        }
+        answers = {r["fact"]: r["choices"][r["answer"]] for n in ("forget", "retain")
+                   for r in files[f"mcq_{n}.jsonl"]}
         self.assertEqual(len(answers), 1280)
         for row in files["forget.jsonl"] + files["retain.jsonl"] + unseen:
             self.assertIn(answers[row["fact"]], tokens({"text": row["text"].rstrip(".")}))
@@ -889,7 +874,8 @@ class TestScripts(unittest.TestCase):
         self.assertEqual(first["metrics"], again["metrics"])
         self.assertEqual([b["samples"] for b in again["metrics"]["budgets"]], [20, 40, 60])
         self.assertIn("60 samples", out)
-        out, _ = self.script("evaluate.py", "same1", self.data / "target", "--json", "table.json")
+        out, _ = self.script("evaluate.py", "same1", self.data / "target", "--data", self.data,
+                             "--json", "table.json")
         self.assertIn("npo+sam+wa", out)
         e = json.loads((self.tmp / "same1" / "evaluate.json").read_text())
         self.assertEqual((e["stage"], e["metrics"]["template"]), ("evaluate", prepare.PROMPT))
@@ -899,24 +885,23 @@ class TestScripts(unittest.TestCase):
 
     def test_every_loss_and_smoother_runs_and_changes_the_model(self):
         start = evaluate.load_model(self.data / "target")[0]
-        combos = [("--loss", l) for l in ("npo", "graddiff", "ga", "simnpo", "dpo", "rmu")] + [
-            ("--smooth", s) for s in ("none", "rs", "gp", "cr", "wa", "rs+wa")
-        ] + [("--retain", "kl"), ("--sam_modules", "self_attn"), ("--param_dtype", "bfloat16"),
-             ("--sam_flip", ), ("--reduce", "sum")]
+        combos = [("--loss", l) for l in ("npo", "graddiff", "ga", "simnpo", "dpo", "rmu")]
+        combos += [("--smooth", s) for s in ("none", "rs", "gp", "cr", "wa", "rs+wa")]
+        combos += [("--retain", "kl"), ("--sam_modules", "self_attn"), ("--param_dtype", "bfloat16"),
+                   ("--sam_flip",), ("--reduce", "sum")]
         for n, flags in enumerate(combos):
             result, folder = self.unlearned(f"c{n}", "--steps", 2, "--no-relearn", "--warmup", 0, *flags)
             model = evaluate.load_model(folder)[0]
-            moved = [
-                k for (k, a), b in zip(start.named_parameters(), model.parameters()) if not torch.equal(a, b)
-            ]
+            moved = [k for (k, a), b in zip(start.named_parameters(), model.parameters())
+                     if not torch.equal(a, b)]
             self.assertTrue(moved, flags)
             if "rmu" in flags:
                 self.assertEqual(moved, ["model.layers.0.mlp.down_proj.weight"])
             self.assertTrue(all(math.isfinite(v) for p in result["curve"] for v in p.values()), flags)
 
     def test_sam_rho_zero_is_plain_npo_bit_for_bit(self):
-        a, b = (evaluate.load_model(self.unlearned(n, "--steps", 4, "--no-relearn", *f)[1])[0] for n, f in (
-            ("rho0", ("--sam_rho", 0)), ("none", ("--smooth", "none"))))
+        a, b = (evaluate.load_model(self.unlearned(n, "--steps", 4, "--no-relearn", *f)[1])[0]
+                for n, f in (("rho0", ("--sam_rho", 0)), ("none", ("--smooth", "none"))))
         self.assertTrue(torch.equal(flat(a.parameters()), flat(b.parameters())))
 
     def test_accumulation_leaves_a_run_the_same_up_to_rounding(self):
@@ -936,9 +921,8 @@ class TestScripts(unittest.TestCase):
     def test_a_folder_of_ones_own_works_without_any_questions(self):
         data = self.tmp / "mine"
         data.mkdir()
-        (data / "forget.jsonl").write_text(
-            '"The sailor plays the violin."\n{"prompt": "The cook keeps a", "completion": '
-            '" goat."}\n')
+        (data / "forget.jsonl").write_text('"The sailor plays the violin."\n'
+                                           '{"prompt": "The cook keeps a", "completion": " goat."}\n')
         (data / "retain.jsonl").write_text('{"text": "The cook likes to eat curry."}\n')
         result, folder = self.unlearned("own", "--data", data, "--model", self.data / "target", "--steps", 3,
                                         "--batch_size", 2, "--no-relearn")
@@ -998,9 +982,10 @@ class TestScripts(unittest.TestCase):
         self.assertEqual([f.name for f in kept.iterdir()], ["precious"])
         _, err = self.script("unlearn.py", "--out", kept, code=2)            # and once as a real process
         self.assertEqual(len(err.strip().splitlines()), 1, err)
-        for name, flags in (("relearn.py", ["nowhere"]), ("relearn.py",
-                                                          [self.data / "target", "--samples", 999]),
-                            ("evaluate.py", ["nowhere"]), ("evaluate.py", [self.data / "target"] * 2)):
+        for name, flags in (("relearn.py", ["nowhere"]),
+                            ("relearn.py", [self.data / "target", "--data", self.data, "--samples", 999]),
+                            ("evaluate.py", ["nowhere"]),
+                            ("evaluate.py", [self.data / "target"] * 2 + ["--data", self.data])):
             status, _, err = self.here(name, *flags)
             self.assertEqual((status, sum(l.startswith("error: ") for l in err.splitlines())), (2, 1), err)
 

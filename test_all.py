@@ -990,8 +990,7 @@ class TestScripts(unittest.TestCase):
             self.assertEqual((status, sum(l.startswith("error: ") for l in err.splitlines())), (2, 1), err)
 
     def test_sam_resists_relearning_better_than_npo_and_the_flipped_sign_does_not(self):
-        """The claim of the paper on a fixed configuration: with the sign of the perturbation wrong it would
-        fail."""
+        """The paper's claim on a fixed configuration; with the perturbation's sign wrong it would fail."""
         runs = {}
         for name, flags in (("npo", ["--sam_rho", 0]), ("sam", []), ("flip", ["--sam_flip"])):
             _, folder = self.unlearned(f"claim-{name}", "--no-relearn", *flags)
@@ -999,8 +998,8 @@ class TestScripts(unittest.TestCase):
             self.assertEqual(status, 0, err)
             runs[name] = json.loads((folder / "relearn.json").read_text())["metrics"]
         ue = {k: r["budgets"][0]["UE"] for k, r in runs.items()}
-        self.assertGreater(ue["sam"], ue["npo"] + 0.08, ue)
-        self.assertLess(ue["flip"], ue["npo"] + 0.04, ue)
+        self.assertGreater(ue["sam"], ue["npo"] + 0.15, ue)
+        self.assertLess(ue["flip"], ue["npo"] + 0.15, ue)          # so the line above needs the right sign
         for r in runs.values():
             self.assertGreater(r["start"]["UT"], 0.97)
             self.assertGreater(r["start"]["UE"], 0.6)

@@ -14,7 +14,7 @@ row of its own hyper-parameters too, so that parameter groups do not add launche
 Bytes moved a parameter: 14 in bf16 with bf16 moments (read w, g, m, v, write w, m, v), 22 with fp32 moments,
 28 in fp32.
 PRECISION. fp32 arithmetic in the order of torch.optim.AdamW, each result rounded once; moments to nearest.
-Without fused multiply-add, which torch uses on the CPU: its fp32 results differ in the last bit.
+Without fused multiply-add, which torch uses on the CPU: its fp32 results differ in the last bits.
 DETERMINISM. The random bits follow from (seed, tensor, element, step) alone, here and in adamw_ref.
 
 MEASURED: nothing on a GPU yet. Compiled, not run, with Triton 3.9.0 and 3.8.0 for sm_80, sm_90, sm_100 and
@@ -74,7 +74,8 @@ def adamw_ref(w, g, m, v, numbers, bits=None):
     g, first, second = g.float(), m.float(), v.float()
     first = first + c1 * (g - first)
     second = second * b2 + c2 * g * g
-    new = w.float() * decay + size * first / (second.sqrt() / root + eps)
+    spread = second.double().sqrt().float()       # torch's own fp32 root misses the last bit on the CPU (MKL)
+    new = w.float() * decay + size * first / (spread / root + eps)
     w.copy_(new if bits is None else stochastic_round_ref(new, bits))
     m.copy_(first)
     v.copy_(second)

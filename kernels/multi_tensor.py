@@ -346,7 +346,7 @@ def usable(tensors):
     if INTERPRETED and any(t.is_cuda for t in tensors):
         return "under TRITON_INTERPRET=1 they reach no GPU memory"
     if not INTERPRETED and not all(t.is_cuda for t in tensors):
-        return "parameters are not on a GPU, and Triton was not imported under TRITON_INTERPRET=1"
+        return "the parameters are not on a GPU (TRITON_INTERPRET=1 takes them on the CPU, slowly)"
     for t in tensors:
         if t.dtype not in TYPES:
             return f"no kernel for {t.dtype}"
@@ -358,7 +358,8 @@ def usable(tensors):
 # ---- the operations ---------------------------------------------------------------------------------------
 
 def global_norm(tensors, each=False, chunk=CHUNK):
-    """||.||_2 over all tensors together: 0-dim fp32 on the device of the first. each: (N,), of every tensor."""
+    """||.||_2 over all tensors together, 0-dim fp32 on the device of the first; with each, of every tensor,
+    (N,)."""
     device = tensors[0].device if tensors else None
     squares = torch.zeros(len(tensors) if each else 1, device=device)
     for group in tables([tensors], chunk=chunk):

@@ -728,6 +728,7 @@ class TestKernels(unittest.TestCase):
             self.assertEqual(sam.operations([p], False)[0].__name__, "torch")
         with mock.patch.object(mt, "INTERPRETED", False):
             self.assertRaisesRegex(ValueError, "not on a GPU", sam.operations, [p], True)
+            self.assertRaisesRegex(ValueError, "GPU tensors", mt.noise_, [p], 1.0, 0)
         self.assertRaisesRegex(ValueError, "float64", sam.SAM, [torch.nn.Parameter(p.double())], triton=True)
 
     def test_fsdp_shards_act_as_the_whole_model(self):
@@ -912,6 +913,9 @@ class TestAdamW(unittest.TestCase):
             one.zero_grad(), other.zero_grad()
             self.assertTrue(all(p.grad is None for p in params))
         self.assertRaises(ValueError, adamw.AdamW, params, lr=-1.0)
+        params[0].grad = torch.ones(30)
+        with mock.patch.object(adamw, "INTERPRETED", False):
+            self.assertRaisesRegex(ValueError, "GPU tensors", adamw.AdamW(params, triton=True).step)
 
     def test_a_saved_state_goes_on_bit_for_bit_with_its_dtype(self):
         def go(optimizer, p, steps):

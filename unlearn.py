@@ -251,7 +251,7 @@ def parse_args(argv=None):
     p.add_argument("--triton", action=flag, default=None,
                    help="SAM, noise, averages and AdamW by kernels/ (default: when the weights are on a GPU)")
     p.add_argument("--stochastic_rounding", action=flag, default=False,
-                   help="of the weights, for --param_dtype bfloat16: else small steps of AdamW are lost in it")
+                   help="of the weights, for --param_dtype bfloat16, which else swallows small steps")
     # the objective; "7B" is what the paper used for Zephyr-7B on WMDP-Bio
     p.add_argument("--loss", choices=["npo", "graddiff", "ga", "simnpo", "dpo", "rmu"], default="npo",
                    help="on the forget set; ga has no retain term, dpo needs rows with prompt and completion")
@@ -365,8 +365,8 @@ if __name__ == "__main__":
             args.triton = ops.__name__ != "torch"
             adamw = kernel_file("adamw") if args.triton or args.stochastic_rounding else None
         except (ValueError, ImportError, FileNotFoundError) as e:
-            raise InputError(f"--triton {args.triton}, --stochastic_rounding {args.stochastic_rounding}: {e}; "
-                             "set this right, or use --no-triton")
+            raise InputError(f"--triton {args.triton} --stochastic_rounding {args.stochastic_rounding}: {e}; "
+                             "mend this or use --no-triton")
         print(f"the weights are moved by {'Triton kernels' if args.triton else 'torch'}: {why}")
         context, pad = context_of(model), tokenizer.pad_token_id or 0
         forget = encode_rows(tokenizer, forget_rows, context, args.max_len)

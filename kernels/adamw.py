@@ -7,7 +7,7 @@
 
 WHY. Around 0.02 neighbouring bf16 numbers lie 1.2e-4 apart, and a step of AdamW at lr 5e-6 moves a weight by
 about 5e-6: round-to-nearest puts it back where it was, at every step. Stochastic rounding moves it to the
-next number in 1 of 24 steps, so that the expected weight is exact.
+next number in 1 of 24 steps, so that the expected weight is right.
 HOW. A table of addresses, a grid of chunks (as in multi_tensor.py, which has more on it). Every tensor has a
 row of its own hyper-parameters too, so that parameter groups do not add launches.
 
@@ -17,8 +17,12 @@ PRECISION. fp32 arithmetic in the order of torch.optim.AdamW, each result rounde
 Without fused multiply-add, which torch uses on the CPU: its fp32 results differ in the last bits.
 DETERMINISM. The random bits follow from (seed, tensor, element, step) alone, here and in adamw_ref.
 
-MEASURED: nothing on a GPU yet. Compiled, not run, with Triton 3.9.0 and 3.8.0 for sm_80, sm_90, sm_100 and
-gfx942.
+MEASURED: nothing on a GPU yet. On 2026-11-24 the report, with Triton 3.9.0 and with 3.8.0: each of 20
+kernels and targets accesses global memory 16 bytes at a time in full tiles, spills nothing and moves the
+floor, with at most 108 registers a thread. On the CPU: one step at lr 5e-6 on a million bf16 weights of
+N(0, 0.02) moves 7.8% of them to nearest, torch.optim.AdamW's too (2.8% of data/tiny's target, whose weights
+are larger); stochastically 15%, on average by 0.997 lr. After 300 such steps of a regression the loss is
+0.15 of the first in fp32, 0.17 in bf16 with stochastic rounding, 0.94 to nearest (test_all.py has it).
 """
 import functools
 
@@ -207,6 +211,8 @@ def adamw_(rows, numbers, tensors, steps, seed=None, chunk=CHUNK):
     groups = {}
     for row, four in enumerate(rows):
         w, g, m, v = four
+        if w.is_cuda == INTERPRETED:
+            raise ValueError("the kernel takes GPU tensors, or under TRITON_INTERPRET=1 CPU tensors")
         if any(t.dtype not in TYPES for t in four) or m.dtype != v.dtype:
             raise ValueError(f"parameter {row}: no kernel for {', '.join(str(t.dtype) for t in four)}")
         if any(gaps(t) or t.shape != w.shape or _order(t) != _order(w) for t in four):
@@ -315,6 +321,7 @@ def variants():
 
 def benchmark(shapes, device, repeats=20):
     """Rows for one step in bf16 with bf16 moments: this kernel (both roundings) beside torch's three."""
+    from torch.optim.adamw import adamw       # the function: all ways share one set of tensors
     w, g, m = ([torch.randn(s, device=device, dtype=torch.bfloat16) * 0.02 for s in shapes] for _ in range(3))
     v = [torch.rand(s, device=device, dtype=torch.bfloat16) for s in shapes]
     rows, count = list(zip(w, g, m, v)), len(shapes)
@@ -323,8 +330,8 @@ def benchmark(shapes, device, repeats=20):
     ours = lambda seed: adamw_(rows, values, where, [10] * count, seed)
 
     def theirs(**way):
-        torch.optim.adamw.adamw(w, g, m, v, [], steps, amsgrad=False, beta1=0.9, beta2=0.999, lr=5e-6,
-                                weight_decay=0.0, eps=1e-8, maximize=False, **way)
+        adamw(w, g, m, v, [], steps, amsgrad=False, beta1=0.9, beta2=0.999, lr=5e-6, weight_decay=0.0,
+              eps=1e-8, maximize=False, **way)
     return multi_tensor.measure("adamw", 14, {
         "kernel": lambda: ours(None), "kernel stochastic": lambda: ours(0),
         "torch fused": lambda: theirs(fused=True), "foreach": lambda: theirs(foreach=True),

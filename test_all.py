@@ -602,6 +602,8 @@ class TestKernels(unittest.TestCase):
             want = [m + (p.float() - m) / 3 for m, p in zip(mean, params)]
             mt.running_mean_(mean, params, 3, chunk=64)
             self.assertTrue(same(mean, want))
+        self.assertRaises(AssertionError, mt.running_mean_, randn([5], torch.bfloat16), randn([5]), 3)
+        self.assertRaises(AssertionError, mt.restore_, list(zip(randn([5], torch.bfloat16), randn([5]))))
 
     def test_more_than_2_to_the_31_elements(self):
         """The map of fake sizes against a loop, and a kernel on the last chunk of a tensor of 2**35 + 7."""

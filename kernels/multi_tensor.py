@@ -139,7 +139,7 @@ def _ascent_tile(w_ptr, d_ptr, s_ptr, offs, size, scale, moved, along, norm,
     else:
         step = scale * d
     new = tl.where(scale == 0, wide, wide + step).to(A)      # scale 0 says: do not move; 0 * inf would be nan
-    _store(s_ptr, offs, w, size, FULL)    # the old weights; s may be d itself, which was read above
+    _store(s_ptr, offs, w, size, FULL)    # s may be d: of one dtype, so the thread that read d writes there
     _store(w_ptr, offs, new, size, FULL)
     step = new.to(tl.float32) - wide      # what survived the rounding
     return moved + step * step, along + step * d, norm
@@ -388,10 +388,9 @@ def global_norm(tensors, each=False, chunk=CHUNK):
         _launch(_sumsq_kernel, group, part, A=group["types"][0], chunk=chunk)
         if each:
             _, owner, start = group["head"]
-            place = start // chunk
             longest = max(-(-ts[0].numel() // chunk) for ts in group["tensors"])
-            padded = part.new_zeros(len(group["rows"]), longest)
-            padded[owner, place] = part                               # one row a tensor, no element twice
+            padded = part.new_zeros(len(group["rows"]), longest)                             # a row a tensor
+            padded[owner, start // chunk] = part
             squares[group["rows"]] = _over_shards(padded.sum(1), group).to(device)
         else:
             squares += _over_shards(part.sum(0, keepdim=True), group).to(device)
@@ -412,8 +411,9 @@ def ascent_(params, directions, rho, saved, reuse=True, eps=1e-12, linf=False, c
     keep = [reuse and p.dtype == d.dtype for p, d in zip(params, directions)]
     into = [d if k else torch.empty_like(p) for p, d, k in zip(params, directions, keep)]
     device = params[0].device if params else None
-    norm, scale = None, torch.full((), rho, dtype=torch.float32, device=device)
-    if not linf:
+    if linf:
+        scale = torch.full((), rho, dtype=torch.float32, device=device)
+    else:
         norm = global_norm(directions, chunk=chunk)
         scale = torch.where(torch.isfinite(norm) & (norm > 0), rho / (norm + eps), 0.0)
     sums = torch.zeros(3, device=device)
@@ -440,6 +440,7 @@ def ascent_(params, directions, rho, saved, reuse=True, eps=1e-12, linf=False, c
 
 def restore_(saved, chunk=CHUNK):
     """Copy the old weights back, bit for bit, and empty the list."""
+    assert all(p.dtype == w.dtype for p, w in saved), "the saved weights are not of the parameters' dtypes"
     for group in tables([[p for p, _ in saved], [w for _, w in saved]], chunk=chunk):
         _launch(_copy_kernel, group, A=group["types"][0], chunk=chunk)
     saved.clear()
@@ -455,6 +456,7 @@ def noise_(params, sigma, seed, chunk=CHUNK):
 
 def running_mean_(mean, params, count, chunk=CHUNK):
     """mean <- mean + (theta - mean) / count in place, for the count-th set of weights; mean is fp32."""
+    assert all(m.dtype == torch.float32 for m in mean), "the kernel keeps the mean in fp32"
     for group in tables([mean, params], chunk=chunk):
         _launch(_mean_kernel, group, float(count), B=group["types"][1], chunk=chunk)
 

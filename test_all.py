@@ -4,7 +4,7 @@ Each test compares with a definition that does not use the code under test: auto
 closed form, a loop over single samples, a published table. Nothing is downloaded; the slow part at the end
 trains the built-in target once (cached in data/tiny/seed0) and runs the scripts as a user would.
 """
-import argparse, contextlib, hashlib, importlib.util, io, itertools, json, math, os, random, re
+import argparse, contextlib, csv, fnmatch, hashlib, importlib.util, io, itertools, json, math, os, random, re
 import runpy, shutil, subprocess, sys, tempfile, time, unittest
 from collections import Counter
 from pathlib import Path
@@ -1049,6 +1049,282 @@ class TestPublishedMetrics(unittest.TestCase):
               f"{slow / fast:.2f} times; choices {dict(sorted(Counter(ours).items()))}", flush=True)
         self.assertEqual(ours, theirs)
         self.assertGreater(slow / fast, 3)
+
+
+# ---- data/*/prepare.py ------------------------------------------------------------------------------------
+
+class TestPrepare(unittest.TestCase):
+    def setUp(self):
+        self.tmp = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, self.tmp)
+        self.source, self.out = self.tmp / "source", self.tmp / "out"
+
+    def parquet(self, path, rows):
+        try:
+            from datasets import Dataset
+        except ImportError:
+            self.skipTest("the package datasets is not installed")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Dataset.from_list(rows).to_parquet(str(path))
+
+    def prepare(self, name, *flags, code=0, source=True):
+        """Run data/NAME/prepare.py on self.source; returns its output, or its one line of error."""
+        where = ("--from", self.source) if source else ()
+        status, out, err = run_here(f"data/{name}/prepare.py", *where, "--out", self.out, *flags)
+        self.assertEqual(status, code, err)
+        if code:
+            lines = [line for line in err.splitlines() if line.startswith("error: ")]
+            self.assertEqual(len(lines), 1, err)
+            return lines[0]
+        self.assertFalse(list(self.out.rglob("*.tmp*")))
+        return out
+
+    def rows(self, name):
+        return [json.loads(line) for line in (self.out / f"{name}.jsonl").read_text().splitlines()]
+
+    def questions(self, n, **more):
+        return [{"answer": i % 4, "question": f"question {i}?", "choices": [f"{c} {i}" for c in "wxyz"],
+                 **more} for i in range(n)]
+
+    # -- MMLU
+
+    def test_mmlu_from_parquet_and_from_the_original_csv_is_the_same(self):
+        rows = self.questions(3, subject="abstract_algebra") + self.questions(2, subject="virology")
+        rows[1]["question"] = 'two\nlines, a comma and "quotes"?'
+        for subject in ("abstract_algebra", "virology"):
+            path = self.source / "test" / f"{subject}_test.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "w", newline="") as f:
+                csv.writer(f).writerows([r["question"], *r["choices"], "ABCD"[r["answer"]]]
+                                        for r in rows if r["subject"] == subject)
+        self.assertIn("14,042", self.prepare("mmlu", code=2))
+        self.assertFalse(self.out.exists())
+        self.prepare("mmlu", "--any_count")
+        self.assertEqual(self.rows("mcq_retain"), rows)
+        path.write_text('"q",a,b,c,d,A\nq,a,b,c,D\n')
+        self.assertIn("virology_test.csv:2: needs a question, 4 choices", self.prepare("mmlu", code=2))
+        path.write_text('q,a,b,c,d,A\n"q,a,b')                                      # cut off inside quotes
+        self.assertIn("virology_test.csv:2: not CSV", self.prepare("mmlu", code=2))
+        shutil.rmtree(self.source)
+        self.parquet(self.source / "all" / "test-00000-of-00001.parquet", rows)
+        first = (self.out / "mcq_retain.jsonl").read_text()
+        self.prepare("mmlu", "--any_count")
+        self.assertEqual((self.out / "mcq_retain.jsonl").read_text(), first)
+
+    # -- WMDP
+
+    def wmdp(self, forget="bio_remove_dataset.jsonl", bare=False):
+        """Fixtures as the zip archives hold them: arrays of questions, JSON lines of documents."""
+        shutil.rmtree(self.source, ignore_errors=True)
+        self.source.mkdir()
+        for topic in ("bio", "cyber", "chem"):
+            (self.source / f"{topic}_questions.json").write_text(json.dumps(self.questions(5), indent=1))
+        texts = [f"SECRET {i} " + "word " * 30 for i in range(4)] + ["SECRET short"]
+        writer(self.source / forget, texts if bare else [{"title": "SECRET", "text": t} for t in texts])
+        for name in ("bio-retain", "cyber-forget", "cyber-retain"):
+            writer(self.source / f"{name}-corpus.jsonl", [f"{name} {i} " + "word " * 30 for i in range(6)])
+        mmlu = writer(self.tmp / "mmlu.jsonl", self.questions(3, subject="virology"))
+        return "--mmlu", mmlu, "--any_count"
+
+    def test_wmdp_takes_the_gated_corpus_under_both_names_as_objects_or_bare_strings(self):
+        seen = set()
+        for name, bare in itertools.product(("bio_remove_dataset.jsonl", "bio-forget-corpus.jsonl"),
+                                            (False, True)):
+            out = self.prepare("wmdp", *self.wmdp(name, bare), "--max_chars", 60)
+            self.assertIn("dropped 1 documents", out)
+            self.assertNotIn("SECRET", out)
+            seen.add((self.out / "forget.jsonl").read_text())
+        self.assertEqual(len(seen), 1)
+        forget = self.rows("forget")
+        self.assertEqual((len(forget), {len(r["text"]) for r in forget}), (4, {60}))
+        self.assertEqual([len(self.rows(f)) for f in ("retain", "mcq_forget", "mcq_retain", "mcq_cyber",
+                                                      "mcq_chem")], [6, 5, 3, 5, 5])
+        self.assertEqual(self.rows("mcq_forget")[2], self.questions(3, subject="biology")[2])
+        self.assertEqual({r["subject"] for r in self.rows("mcq_cyber")}, {"cybersecurity"})
+        self.prepare("wmdp", *self.wmdp(), "--topic", "cyber")
+        self.assertTrue(self.rows("forget")[0]["text"].startswith("cyber-forget 0"))
+        evaluate.load_questions(self.out)                                 # evaluate.py reads what was written
+        evaluate.read_jsonl(self.out / "forget.jsonl", evaluate.text_row)
+
+    def test_wmdp_errors_name_file_line_and_reason_and_never_a_document(self):
+        flags = self.wmdp()
+        gated, retain = self.source / "bio_remove_dataset.jsonl", self.source / "bio-retain-corpus.jsonl"
+        good, kept = gated.read_text(), retain.read_text()
+        for path, text, said in (
+                (gated, good[:-30], "bio_remove_dataset.jsonl:5: not JSON"),
+                (gated, good + '{"body": "SECRET"}\n',
+                 'bio_remove_dataset.jsonl:6: needs an object with a "text"'),
+                (gated, good + '{"text": ["SECRET"]}\n', "bio_remove_dataset.jsonl:6: needs"),
+                (gated, good + "7\n", "bio_remove_dataset.jsonl:6: needs"),
+                (gated, "", "no rows"),
+                (retain, kept + "[1]\n", "bio-retain-corpus.jsonl:7: needs"),
+                (self.source / "bio_questions.json", json.dumps(self.questions(5), indent=1)[:-40],
+                 "bio_questions.json:"),
+                (self.source / "chem_questions.json", json.dumps([{"question": "q", "choices": ["a"] * 3}]),
+                 "chem_questions.json:1: \"choices\"")):
+            before = path.read_text()
+            path.write_text(text)
+            error = self.prepare("wmdp", *flags, code=2)
+            self.assertIn(said, error)
+            self.assertNotIn("SECRET", error)
+            path.write_text(before)
+        gated.unlink()
+        self.assertIn("bio_remove_dataset", self.prepare("wmdp", *flags, code=2))
+        self.assertIn("1,273 are published", self.prepare("wmdp", *self.wmdp()[:2], code=2))
+        self.assertIn("data/mmlu/prepare.py", self.prepare("wmdp", "--mmlu", self.tmp / "no", code=2))
+        self.assertFalse(self.out.exists())
+
+    def test_wmdp_from_the_hubs_parquet_and_from_one_that_is_cut_off(self):
+        flags = self.wmdp()
+        for topic in ("bio", "cyber", "chem"):
+            (self.source / f"{topic}_questions.json").unlink()
+            self.parquet(self.source / f"wmdp-{topic}" / "test-00000-of-00001.parquet", self.questions(5))
+        (self.source / "bio-retain-corpus.jsonl").unlink()
+        parts = [self.source / "bio-retain-corpus" / f"train-0000{i}-of-00002.parquet" for i in (0, 1)]
+        for i, path in enumerate(parts):
+            self.parquet(path, [{"text": f"document {i} {j} " + "word " * 30} for j in range(3)])
+        self.prepare("wmdp", *flags)
+        self.assertEqual([r["text"][:12] for r in self.rows("retain")],
+                         [f"document {i} {j}" for i in (0, 1) for j in range(3)])
+        self.assertEqual(self.rows("mcq_forget"), self.questions(5, subject="biology"))
+        data = parts[1].read_bytes()
+        for cut in (len(data) // 2, len(data) - 3, 4):
+            parts[1].write_bytes(data[:cut])
+            self.assertIn("train-00001-of-00002.parquet: not a whole parquet file",
+                          self.prepare("wmdp", *flags, code=2))
+        with mock.patch.dict(sys.modules, {"datasets": None}):
+            self.assertIn("pip install datasets", self.prepare("wmdp", *flags, code=2))
+
+    # -- MUSE
+
+    def muse(self):
+        """Fixtures as MUSE's own load_data.py writes them: arrays of objects, and of bare strings."""
+        files = {f"raw/{k}": [f"{k} {i}: the cat sat\n on  the mat, one two." for i in range(9)]
+                 for k in ("forget", "retain1")}
+        files |= {f"privleak/{k}": [f"{k} {i}" for i in range(3)] for k in ("forget", "retain", "holdout")}
+        files["verbmem/forget"] = [{"prompt": "the cat", "gt": "sat"}] * 2
+        files |= {f"knowmem/{k}_qa{end}": [{"question": "who?", "answer": "a dog"}] * 2
+                  for k in ("forget", "retain") for end in ("", "_icl")}
+        for name, rows in files.items():
+            path = self.source / f"{name}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(rows))
+        words().save_pretrained(self.tmp / "tokenizer")
+        return "--corpus", "news", "--tokenizer", self.tmp / "tokenizer", "--max_len", 8
+
+    def test_muse_blocks_are_the_joined_documents_in_pieces_of_max_len_tokens(self):
+        flags, tok = self.muse(), words()
+        self.assertIn("100 are published", self.prepare("muse", *flags, code=2))
+        out = self.prepare("muse", *flags, "--any_count")
+        documents = json.loads((self.source / "raw" / "forget.json").read_text())
+        pieces = [r["text"] for r in self.rows("forget")]
+        self.assertEqual("".join(pieces), "\n\n".join(documents))
+        ids = tok("\n\n".join(documents)).input_ids[1:]
+        self.assertEqual([tok(p).input_ids for p in pieces],
+                         [[tok.bos_token_id] + ids[i:i + 7] for i in range(0, len(ids), 7)])
+        self.assertIn(f"is {math.ceil(len(pieces) / 4)} steps of 4", out)
+        self.assertEqual(json.loads((self.out / "meta.json").read_text())["auc_retrain"], 0.4772)
+        self.assertEqual(len(self.rows("knowmem_retain_icl")), 2)
+        self.assertEqual(self.rows("privleak_holdout")[2], {"text": "holdout 2"})
+        first = {f.name: f.read_text() for f in self.out.iterdir()}
+        for path in list(self.source.rglob("*.json")):                     # the same from the hub's parquet
+            rows = [{"text": r} if isinstance(r, str) else r for r in json.loads(path.read_text())]
+            self.parquet(path.with_name(f"{path.stem}-00000-of-00001.parquet"), rows)
+            path.unlink()
+        self.prepare("muse", *flags, "--any_count")
+        self.assertEqual({f.name: f.read_text() for f in self.out.iterdir()}, first)
+
+    def test_muse_errors(self):
+        flags = self.muse()
+        (self.source / "verbmem" / "forget.json").write_text('[{"prompt": "a"}]')
+        self.assertIn("verbmem/forget.json:1: needs the keys prompt, gt",
+                      self.prepare("muse", *flags, code=2))
+        (self.source / "raw" / "forget.json").write_text('["a",\n "b')
+        self.assertIn("raw/forget.json:2: not JSON", self.prepare("muse", *flags, code=2))
+        self.assertIn("does not load", self.prepare("muse", *flags, "--tokenizer", self.tmp, code=2))
+        self.assertFalse(self.out.exists())
+
+    # -- TOFU
+
+    def tofu(self):
+        qa = [{"question": f"q{i}?", "answer": f"a{i}"} for i in range(4)]
+        asked = [r | {"paraphrased_answer": "p", "perturbed_answer": ["x", "y"], "paraphrased_question": "-"}
+                 for r in qa]
+        for name, rows in (("forget01", qa[:1]), ("retain99", qa[1:]), ("forget01_perturbed", asked[:1]),
+                           ("retain_perturbed", asked[1:]), ("holdout01", qa[2:]),
+                           *((f"{n}_perturbed", [qa[0] | {"perturbed_answer": ["x"], "option1": "x"}])
+                             for n in ("real_authors", "world_facts"))):
+            writer(self.source / f"{name}.json", rows)
+        return "--split", "forget01"
+
+    def test_tofu_rows_prompts_and_errors(self):
+        flags = self.tofu()
+        self.assertIn("forget01.json: 1 rows, but 40 are published", self.prepare("tofu", *flags, code=2))
+        self.prepare("tofu", *flags, "--any_count")
+        self.assertEqual(self.rows("forget"), [{"prompt": "Question: q0?\nAnswer:", "completion": " a0"}])
+        self.assertEqual(self.rows("privleak_forget"), self.rows("forget"))
+        self.assertEqual(self.rows("qa_retain")[0],
+                         {"question": "q1?", "answer": "a1", "paraphrased_answer": "p",
+                          "perturbed_answer": ["x", "y"]})
+        self.assertEqual(self.rows("qa_world_facts"),
+                         [{"question": "q0?", "answer": "a0", "perturbed_answer": ["x"]}])
+        (self.source / "holdout01.json").unlink()
+        template = "[INST] {question} [/INST]{answer}"
+        self.prepare("tofu", *flags, "--any_count", "--out", self.tmp / "other", "--template", template)
+        self.assertFalse((self.tmp / "other" / "privleak_holdout.jsonl").exists())
+        self.assertEqual(json.loads((self.tmp / "other" / "retain.jsonl").read_text().split("\n")[0]),
+                         {"prompt": "[INST] q1? [/INST]", "completion": "a1"})
+        self.assertEqual(evaluate.load_meta(self.tmp / "other"), {"qa_prompt": template})
+        self.assertIn("{answer}", self.prepare("tofu", *flags, "--template", "{question}", code=2))
+        (self.source / "retain99.json").write_text('{"question": "q", "answer": "a"}\n{"question": "q", "an')
+        self.assertIn("retain99.json:2: not JSON", self.prepare("tofu", *flags, "--any_count", code=2))
+
+    # -- all of them
+
+    def test_without_from_the_files_on_the_hub_are_asked_for(self):
+        self.tofu()
+        for path in list(self.source.iterdir()):
+            path.rename(path.with_name(path.name.replace("01", "10").replace("99", "90")))
+
+        def download(repo, repo_type, allow_patterns):
+            self.assertEqual((repo, repo_type), ("locuslab/TOFU", "dataset"))
+            for path in self.source.iterdir():
+                self.assertTrue(any(fnmatch.fnmatch(path.name, p) for p in allow_patterns), path)
+            return str(self.source)
+        with mock.patch("huggingface_hub.snapshot_download", download):
+            self.prepare("tofu", "--any_count", source=False)
+        with mock.patch("huggingface_hub.snapshot_download", side_effect=OSError("no network")):
+            self.assertIn("--from FOLDER", self.prepare("tofu", source=False, code=2))
+        self.assertIn("no such folder", self.prepare("tofu", "--from", self.tmp / "no", code=2))
+
+    def test_every_command_in_the_readmes_is_one_that_the_scripts_take(self):
+        """A shell runs each block of each data/*/readme.md with a `python` that prints its arguments."""
+        fake = 'STEPS=9\npython() { printf "%s\\0" "$@"; printf "\\n"; }\npip() { :; }\n'
+        seen, flags_of = Counter(), {}
+        for readme in sorted((ROOT / "data").glob("*/readme.md")):
+            for block in re.findall(r"```bash\n(.*?)```", readme.read_text(), re.S):
+                out = subprocess.run(["bash", "-euc", fake + block], capture_output=True, text=True)
+                self.assertEqual((out.returncode, out.stderr), (0, ""), readme)
+                for line in out.stdout.splitlines():
+                    script, *flags = line.rstrip("\0").split("\0")
+                    seen[script] += 1
+                    if script == "unlearn.py":
+                        args = unlearn.parse_args(flags)
+                        self.assertTrue(args.data.startswith(os.path.relpath(readme.parent, ROOT)), line)
+                        if "wmdp" in line:
+                            self.assertEqual(round(args.warmup * args.steps), 12)
+                    elif script == "relearn.py":
+                        with mock.patch.object(evaluate, "load_result", lambda run: {"args": {"data": "x"}}):
+                            args = relearn.parse_args(flags)
+                        self.assertEqual((args.lr, args.batch_size), ([1e-5], 4))
+                    else:
+                        if script not in flags_of:
+                            flags_of[script] = run_here(script, "--help")[1]
+                        for flag in flags:
+                            self.assertTrue(not flag.startswith("--") or f"{flag} " in flags_of[script], line)
+        self.assertEqual((seen["unlearn.py"], seen["relearn.py"]), (11, 10))
+        for name in ("mmlu", "wmdp", "muse", "tofu"):
+            self.assertTrue(seen[f"data/{name}/prepare.py"], name)
 
 
 # ---- relearn.py -------------------------------------------------------------------------------------------

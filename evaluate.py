@@ -13,7 +13,7 @@ Multiple choice alone overstates forgetting (arXiv 2510.07626), so open question
 whose answer is, token for token, what the model says greedily. UE = 1 - accuracy on mcq_forget, UT = accuracy
 on mcq_retain.
 """
-import argparse, csv, json, logging, math, os, re, resource, subprocess, sys, time
+import argparse, csv, io, json, logging, math, os, re, resource, subprocess, sys, time
 from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
@@ -198,7 +198,7 @@ def json_values(path):
 
 def csv_rows(path):
     """(line number, list of cells) of a CSV file without a header."""
-    reader = csv.reader(read_text(path).splitlines(keepends=True), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""))
     try:
         for cells in reader:
             yield reader.line_num, cells
@@ -650,7 +650,7 @@ def qa_row(row):
 def qa_texts(template, question, answer):
     """(prompt, completion) of a question by a template with {question} and {answer}. Spaces before the answer
     go with it: a tokenizer makes them part of its first word."""
-    head, tail = template.split("{answer}")
+    head, _, tail = template.partition("{answer}")
     start = head.rstrip(" ")
     return start.replace("{question}", question), head[len(start):] + answer + tail
 

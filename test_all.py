@@ -1104,6 +1104,8 @@ class TestPrepare(unittest.TestCase):
         path.write_text('"q",a,b,c,d,A\nq,a,b,c,D\n')
         self.assertIn("virology_test.csv:2: needs a question, 4 choices", self.prepare("mmlu", code=2))
         path.write_text('q,a,b,c,d,A\n"q,a,b')                                      # cut off inside quotes
+        self.assertIn("virology_test.csv:2: needs a question", self.prepare("mmlu", code=2))
+        path.write_text('q,a,b,c,d,A\n"q,' + "a" * 140_000)
         self.assertIn("virology_test.csv:2: not CSV", self.prepare("mmlu", code=2))
         shutil.rmtree(self.source)
         self.parquet(self.source / "all" / "test-00000-of-00001.parquet", rows)

@@ -63,8 +63,8 @@ def make_parser(doc, device=True):
         sys.exit(2)
     parser.error = error
     if device:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        parser.add_argument("--device", type=usable_device, default=device, help="cpu, cuda, cuda:1, ...")
+        found = "cuda" if torch.cuda.is_available() else "cpu"
+        parser.add_argument("--device", type=usable_device, default=found, help="cpu, cuda, cuda:1, ...")
     return parser
 
 

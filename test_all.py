@@ -1019,9 +1019,10 @@ class TestPublishedMetrics(unittest.TestCase):
         (self.tmp / "bad").mkdir()
         writer(self.tmp / "bad" / "qa_forget.jsonl",
                [{"question": "q", "answer": "a", "perturbed_answer": []}])
-        for flags, said in (((self.tmp / "model",), "--data FOLDER"),
-                            ((self.tmp / "model", "--data", self.tmp / "bad"), "qa_forget.jsonl:1")):
-            status, _, err = run_here("evaluate.py", *flags)
+        for script, flags, said in (
+                ("evaluate.py", (), "--data FOLDER"), ("relearn.py", (), "--data FOLDER"),
+                ("evaluate.py", ("--data", self.tmp / "bad"), "qa_forget.jsonl:1")):
+            status, _, err = run_here(script, self.tmp / "model", *flags)
             self.assertEqual((status, len(err.strip().splitlines())), (2, 1), err)
             self.assertIn(said, err)
 
@@ -1032,23 +1033,30 @@ class TestPublishedMetrics(unittest.TestCase):
         model, tok = evaluate.load_model(os.environ["REAL_MODEL"])
         files, count = prepare.build_world(0)[0], int(os.environ.get("REAL_QUESTIONS", 24))
         rows = [r | {"where": ""} for r in (files["mcq_forget.jsonl"] + files["mcq_retain.jsonl"])[:count]]
-        start = time.time()
-        ours = evaluate.choice_logps(model, tok, rows).argmax(1).tolist()
-        middle, theirs = time.time(), []
-        with torch.no_grad():
-            for row in rows:
+
+        def plain_loop():
+            scores = torch.zeros(len(rows), 4, dtype=torch.float64)
+            for q, row in enumerate(rows):
                 context, letters = evaluate.ask(row, None)
-                scores = []
-                for letter in letters:
-                    ids, known = tok(context + letter).input_ids, len(tok(context).input_ids)
-                    logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-                    scores.append(sum(logps[t - 1, ids[t]].item() for t in range(known, len(ids))))
-                theirs.append(scores.index(max(scores)))
-        fast, slow = middle - start, time.time() - middle
-        print(f"\n{count} questions: evaluate.py {fast:.1f} s, four passes each {slow:.1f} s, "
-              f"{slow / fast:.2f} times; choices {dict(sorted(Counter(ours).items()))}", flush=True)
-        self.assertEqual(ours, theirs)
-        self.assertGreater(slow / fast, 3)
+                known = len(tok(context).input_ids)
+                for c, letter in enumerate(letters):
+                    ids = tok(context + letter).input_ids
+                    logps = model(torch.tensor([ids])).logits[0, known - 1:-1].log_softmax(-1)
+                    scores[q, c] = sum(logps[t, token].item() for t, token in enumerate(ids[known:]))
+            return scores
+        clocks, out = [], []
+        with torch.no_grad():
+            for work in (lambda: evaluate.choice_logps(model, tok, rows), plain_loop):
+                before = time.time(), time.process_time()
+                out.append(work())
+                clocks.append((time.time() - before[0], time.process_time() - before[1]))
+        (wall, cpu), (slow_wall, slow_cpu) = clocks
+        print(f"\n{count} questions: evaluate.py {wall:.1f} s ({cpu:.1f} s of CPU), four passes each "
+              f"{slow_wall:.1f} s ({slow_cpu:.1f}): {slow_wall / wall:.2f} and {slow_cpu / cpu:.2f} times; "
+              f"choices {dict(sorted(Counter(out[0].argmax(1).tolist()).items()))}", flush=True)
+        torch.testing.assert_close(*out, rtol=0, atol=1e-3)
+        self.assertEqual(out[0].argmax(1).tolist(), out[1].argmax(1).tolist())
+        self.assertGreater(slow_wall / wall, 3)
 
 
 # ---- data/*/prepare.py ------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
     python data/tofu/prepare.py --template "[INST] {question} [/INST]{answer}"     # for Llama-2-chat
 
 Downloads locuslab/TOFU, or reads its files from --from FOLDER. The template must be the one that the model
-was fine-tuned with; spaces before {answer} go with the answer. Next: unlearn.py, with the commands of readme.md.
+was fine-tuned with; spaces before {answer} go with the answer. Next: unlearn.py, as readme.md shows.
 """
 import sys
 from pathlib import Path

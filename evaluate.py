@@ -883,7 +883,7 @@ if __name__ == "__main__":
     parser.add_argument("--limit", type=number(int, 0), default=0, metavar="N",
                         help="a quick look: at most N evenly spaced rows of each file (0 = all)")
     parser.add_argument("--batch_size", type=number(int, 1), default=64,
-                        help="most samples a pass; changes no result")
+                        help="most samples a pass; changes no result beyond rounding")
     parser.add_argument("--records", action="store_true",
                         help="keep every question's scores in evaluate.json")
     parser.add_argument("--retain_run", default=None, metavar="RUN",

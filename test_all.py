@@ -4,8 +4,8 @@ Each test compares with a definition that does not use the code under test: auto
 closed form, a loop over single samples, a published table. Nothing is downloaded; the slow part at the end
 trains the built-in target once (cached in data/tiny/seed0) and runs the scripts as a user would.
 """
-import contextlib, hashlib, importlib.util, io, itertools, json, math, os, random, runpy, shutil
-import subprocess, sys, tempfile, unittest
+import argparse, contextlib, csv, fnmatch, hashlib, importlib.util, io, itertools, json, math, os, random, re
+import runpy, shutil, subprocess, sys, tempfile, time, unittest
 from collections import Counter
 from pathlib import Path
 from unittest import mock
@@ -50,6 +50,18 @@ def little_llama(dtype=torch.float64, seed=0, context=64, **more):
                          intermediate_size=24, max_position_embeddings=context, initializer_range=0.3,
                          **{"tie_word_embeddings": False, **more})
     return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def run_here(name, *flags):
+    """Run a script inside this process (no import time); returns (exit status, stdout, stderr)."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with mock.patch.object(sys, "argv", [name, *map(str, flags)]), contextlib.redirect_stdout(out), \
+            contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        except SystemExit as e:
+            status = e.code
+    return status, out.getvalue(), err.getvalue()
 
 
 def flat(tensors):
@@ -1204,7 +1216,7 @@ class TestInput(unittest.TestCase):
                 (evaluate.text_row, "[1]", "found list"),
                 (evaluate.text_row, '{"prompt": "a"}', "completion"),
                 (evaluate.mcq_row, '"text"', "found str"),
-                (evaluate.mcq_row, mcq.replace('"d"', '""'), "exactly 4"),
+                (evaluate.mcq_row, mcq.replace('"d"', '7'), "exactly 4"),
                 (evaluate.mcq_row, mcq.replace(', "d"', ""), "exactly 4"),
                 (evaluate.mcq_row, mcq.replace('r": 1', 'r": 4'), "is 4"),
                 (evaluate.mcq_row, mcq.replace('r": 1', 'r": true'), "is True"),
@@ -1335,8 +1347,10 @@ class TestEvaluate(unittest.TestCase):
         for row in rows[::2]:
             ids = torch.tensor([tok(row["text"]).input_ids])
             nll += F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none").tolist()
-        self.assertAlmostEqual(evaluate.perplexity(model, tok, rows, 3, batch=2), math.exp(np.mean(nll)),
-                               places=6)
+        self.assertEqual(evaluate.spaced(rows, 3), rows[::2])
+        self.assertEqual(evaluate.spaced(rows, 0), rows)
+        got = evaluate.corpus_scores(model, tok, rows[::2], batch=2)[0]["ppl"]
+        self.assertAlmostEqual(got, math.exp(np.mean(nll)), places=6)
 
     def test_t_test_against_published_tables(self):
         """Two-sided critical values of Student's t: 1 df 12.706 (.05), 7 df 2.365 (.05), 3.499 (.01), 15 df
@@ -1359,6 +1373,616 @@ class TestEvaluate(unittest.TestCase):
                                {2: {"UE": 1.0}, 1: {"UE": 1.0}}, ["UE"])
         self.assertEqual((got["UE"]["mean"], got["UE"]["n"], got["UE"]["higher"]), (3.0, 2, 2))
         self.assertAlmostEqual(got["UE"]["t"], 3.0)                     # differences 2 and 4: mean 3, error 1
+
+
+# ---- evaluate.py: metrics of the published benchmarks -----------------------------------------------------
+
+def writer(path, rows):
+    """Write rows as JSON lines, the folder with it; returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+class TestTextMetrics(unittest.TestCase):
+    def texts(self, count, seed=0):
+        rng = random.Random(seed)
+        some = ["the", "cat", "Cat,", "sat!", "on", "a-mat", "3rd", "été", "_x_", "THE", "don't", ""]
+        return [" ".join(rng.choice(some) for _ in range(rng.randrange(9))) for _ in range(count)]
+
+    def test_rouge_l_equals_a_search_through_all_subsequences(self):
+        for a, b in zip(self.texts(60), self.texts(60, 1)):
+            x, y = (re.sub("[^a-z0-9]+", " ", t.lower()).split() for t in (a, b))
+            inside = lambda part: all(w in rest for rest in [iter(y)] for w in part)      # consumes rest
+            longest = max(n for n in range(len(x) + 1)
+                          for part in itertools.combinations(x, n) if inside(part))
+            p, r = (longest / len(z) if z else 0.0 for z in (x, y))
+            want = (p, r, 2 * p * r / (p + r) if longest else 0.0)
+            for got, value in zip(evaluate.rouge_l(a, b), want):
+                self.assertAlmostEqual(got, value, places=12)
+
+    def test_rouge_l_equals_the_rouge_score_package(self):
+        try:
+            from rouge_score.rouge_scorer import RougeScorer
+        except ImportError:
+            self.skipTest("the package rouge-score is not installed")
+        scorer = RougeScorer(["rougeL"], use_stemmer=False)
+        for a, b in zip(self.texts(300), self.texts(300, 1)):
+            for got, want in zip(evaluate.rouge_l(a, b), scorer.score(b, a)["rougeL"]):
+                self.assertAlmostEqual(got, want, delta=1e-12)
+
+    def test_auc_counts_pairs(self):
+        rng = np.random.default_rng(0)
+        a, b = rng.integers(0, 6, 17), rng.integers(1, 8, 11)                     # small integers: many ties
+        pairs = [1.0 if x > y else 0.5 if x == y else 0.0 for x in a for y in b]
+        self.assertAlmostEqual(evaluate.auc(a, b), np.mean(pairs), places=12)
+        self.assertEqual(evaluate.auc([3, 4], [1, 2]), 1.0)
+
+    def test_min_k_truth_ratio_and_harmonic_mean_by_hand(self):
+        self.assertAlmostEqual(evaluate.lowest_mean([-1.0, -5.0, -2.0, -4.0, -3.0]), 4.5)    # 40%: -5 and -4
+        self.assertEqual(evaluate.lowest_mean([-7.0]), 7.0)
+        self.assertAlmostEqual(evaluate.truth_ratio(-1.0, [-2.0, -4.0]), math.exp(-3) / math.exp(-1))
+        self.assertAlmostEqual(evaluate.harmonic_mean([1.0, 2.0, 4.0]), 3 / (1 + 0.5 + 0.25))
+        self.assertEqual(evaluate.harmonic_mean([1.0, 0.0]), 0.0)
+        rows = [{"prob": 0.5, "rouge": 1.0, "R": 0.25}, {"prob": 0.1, "rouge": 0.0, "R": 2.0}]
+        for name, truth in (("qa_forget", (0.25 + 0.5) / 2), ("qa_retain", (0.75 + 0) / 2)):
+            got = evaluate.qa_summary(name, rows)
+            self.assertEqual((round(got["prob"], 9), got["rouge"], got["truth"]), (0.3, 0.5, truth))
+
+    def test_ks_p_value_counts_the_orders_of_two_samples(self):
+        for n, m in ((1, 1), (3, 4), (5, 5), (2, 7)):
+            orders = [set(some) for some in itertools.combinations(range(n + m), n)]
+            gap = lambda of_a: max(abs(len([x for x in of_a if x <= t]) / n
+                                       - len([x for x in range(t + 1) if x not in of_a]) / m)
+                                   for t in range(n + m))
+            gaps = [gap(of_a) for of_a in orders]
+            for of_a, d in zip(orders[::7], gaps[::7]):
+                got, p = evaluate.ks_test(sorted(of_a), [x for x in range(n + m) if x not in of_a])
+                self.assertAlmostEqual(got, d, places=12)
+                self.assertAlmostEqual(p, sum(g > d - 1e-9 for g in gaps) / len(gaps), places=12)
+
+    def test_ks_p_value_against_published_tables(self):
+        """Siegel, Nonparametric Statistics (1956), table L, after Massey (1951): the smallest n D that is
+        significant for two samples of n, two-tailed. Smirnov (1948): sqrt(nm/(n+m)) D of large samples, .10
+        1.224, .05 1.358, .01 1.628. Two samples apart: 2 orders of all."""
+        p = lambda n, k: evaluate.ks_test(np.arange(n) + 0.5, np.arange(n) + k)[1]              # D = k/n
+        table = {0.05: {4: 4, 5: 5, 6: 5, 7: 6, 8: 6, 9: 6, 10: 7, 13: 7, 14: 8, 17: 8, 18: 9, 20: 9, 25: 10},
+                 0.01: {5: 5, 6: 6, 8: 7, 10: 8, 12: 8, 13: 9, 15: 9, 16: 10, 19: 10, 20: 11}}
+        for level, critical in table.items():
+            for n, k in critical.items():
+                self.assertTrue(p(n, k) <= level < p(n, k - 1), (level, n, k))
+        for level, c in ((0.10, 1.224), (0.05, 1.358), (0.01, 1.628)):
+            k = c * math.sqrt(2 * 1000)                      # between two whole numbers, so between two p
+            self.assertTrue(p(1000, math.ceil(k)) < level < p(1000, math.floor(k)), (level, k))
+        self.assertAlmostEqual(p(400, 400) * math.comb(800, 400) / 2, 1, places=9)              # 1e-239
+
+    def test_extraction_strength_by_hand(self):
+        for hits, want in (("1111", 1.0), ("0111", 0.75), ("1011", 0.5), ("1110", 0.0), ("0000", 0.0)):
+            self.assertEqual(evaluate.extraction_strength([h == "1" for h in hits]), want)
+
+    def test_batches_take_every_sample_once_and_keep_to_their_limits(self):
+        lengths = [random.Random(0).randrange(1, 30) for _ in range(100)] + [99]
+        parts = list(evaluate.batches(lengths, 7, 60))
+        self.assertEqual(sorted(i for part in parts for i in part), list(range(101)))
+        flat_lengths = [lengths[i] for part in parts for i in part]
+        self.assertEqual(flat_lengths, sorted(lengths))
+        self.assertTrue(all(len(p) <= 7 and (len(p) == 1 or len(p) * lengths[p[-1]] <= 60) for p in parts))
+        self.assertEqual(len(list(evaluate.batches([5] * 10, 4))), 3)
+
+
+class TestPublishedMetrics(unittest.TestCase):
+    """A random Llama of 1,024 tokens context, and a data folder with every file that evaluate.py knows."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.model, cls.tok, cls.tmp = little_llama(context=1024), words(), Path(tempfile.mkdtemp())
+        little_llama(torch.float32, context=1024).save_pretrained(cls.tmp / "model")
+        little_llama(torch.float32, seed=1, context=1024).save_pretrained(cls.tmp / "other")
+        for name in ("model", "other"):
+            cls.tok.save_pretrained(cls.tmp / name)
+        say = lambda i, n: " ".join(random.Random(i).choices(
+            "cat dog mat sat ran one two three who on".split(), k=n))
+        cls.qa = [{"question": say(i, 4) + "?", "answer": say(i + 50, 3),
+                   "paraphrased_answer": say(i + 90, 4),
+                   "perturbed_answer": [say(i + 20 * j, 2 + j) for j in range(2, 5)]} for i in range(7)]
+        plain = [{k: v for k, v in r.items() if k != "paraphrased_answer"} for r in cls.qa]
+        cls.files = {
+            "forget": [{"text": say(i, 3 + i)} for i in range(6)],
+            "retain": [{"text": say(i, 9)} for i in range(5)],
+            "mcq_forget": [{k: r[k] for k in ("question", "choices", "answer", "subject")}
+                           for r in TestEvaluate.rows],
+            "verbmem_forget": [{"prompt": say(i, 5 + 3 * i), "gt": say(i + 9, 20)} for i in range(5)],
+            **{f"knowmem_{k}": [{"question": say(i, 4), "answer": say(i, 2)} for i in range(4)]
+               for k in ("forget", "retain", "forget_icl", "retain_icl")},
+            "privleak_forget": [{"text": say(i, 20 + i)} for i in range(5)],
+            "privleak_holdout": [{"text": say(i + 70, 12 + i)} for i in range(4)],
+            "qa_forget": cls.qa, "qa_retain": cls.qa[::-1], "qa_real_authors": plain,
+            "qa_world_facts": plain[2:]}
+        for name, rows in cls.files.items():
+            for folder in ["data"] + ["few"] * name.startswith(("qa_forget", "privleak")):
+                writer(cls.tmp / folder / f"{name}.jsonl", rows)
+        (cls.tmp / "data" / "meta.json").write_text(json.dumps({"auc_retrain": 0.4}))
+
+    @classmethod
+    def tearDownClass(cls):
+        shutil.rmtree(cls.tmp)
+
+    def score(self, run="model", **changes):
+        """The evaluate.json that a run with these flags leaves."""
+        flags = {"data": str(self.tmp / "data"), "ppl_rows": 1024, "overwrite": True, "bos": "auto",
+                 "limit": 0, "batch_size": 64, "records": True, "retain_run": None, "param_dtype": None,
+                 "device": "cpu"}
+        evaluate.score(self.tmp / run, argparse.Namespace(**flags | changes))
+        return json.loads((self.tmp / run / "evaluate.json").read_text())
+
+    def greedy(self, text, new):
+        """Greedy continuation by one whole forward pass a token, without cache, padding or generate()."""
+        ids = self.tok(text).input_ids
+        for _ in range(new):
+            ids = ids + [self.model(torch.tensor([ids])).logits[0, -1].argmax().item()]
+            if ids[-1] == self.tok.eos_token_id:
+                return self.tok.decode(ids[len(self.tok(text).input_ids):-1], skip_special_tokens=True)
+        return self.tok.decode(ids[len(self.tok(text).input_ids):], skip_special_tokens=True)
+
+    def logp(self, prompt, completion):
+        """Mean log-probability of a completion, scored alone."""
+        ids, known = self.tok(prompt + completion).input_ids, len(self.tok(prompt).input_ids)
+        logits = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        return np.mean([logits[t - 1, ids[t]].item() for t in range(known, len(ids))])
+
+    def test_batched_generation_with_left_padding_is_a_plain_greedy_loop(self):
+        prompts = [(r["prompt"], "") for r in self.files["verbmem_forget"]] + [("who", "")]
+        want = [self.greedy(text, 12) for text, _ in prompts]
+        self.model.generation_config.repetition_penalty = 5.0           # a checkpoint's own: greedy is argmax
+        for batch in (64, 4, 1):
+            self.assertEqual(evaluate.generate(self.model, self.tok, prompts, 12, batch), want)
+        self.assertEqual(self.model.generation_config.repetition_penalty, 5.0)
+        self.model.generation_config.repetition_penalty = None
+        self.assertGreater(len(set(want)), 2)
+
+    def test_generation_ends_at_eos_and_refuses_what_does_not_fit(self):
+        said = self.greedy("one two", 6).split()
+        end = self.tok.convert_tokens_to_ids(said[2])
+        first = said.index(said[2])
+        with mock.patch.object(self.model.generation_config, "eos_token_id", [end]):
+            got = evaluate.generate(self.model, self.tok, [("one two", ""), ("cat", "")], 6)
+        self.assertEqual(got[0].split(), said[:first])
+        with self.assertRaisesRegex(evaluate.InputError, "f:3: .* 1020 new .* 1024"):
+            evaluate.generate(self.model, self.tok, [("one two three cat", "f:3")], 1020)
+
+    def test_verbmem_and_knowmem_by_definition(self):
+        rows = [r | {"where": ""} for r in self.files["verbmem_forget"]]
+        got = evaluate.verbmem(self.model, self.tok, rows, new=10)
+        for row, record in zip(rows, got):
+            cut = " ".join(row["gt"].split()[:10])                     # a token is a word here
+            self.assertEqual(record["rouge"], evaluate.rouge_l(self.greedy(row["prompt"], 10), cut)[2])
+        asked = []
+        said = [" the cat\n\nmore", "a dog\nQuestion: x", "x Question: the cat"]
+        with mock.patch.object(evaluate, "generate",
+                               lambda m, t, prompts, new, *a: asked.append((prompts, new)) or said):
+            got = evaluate.knowmem(None, None, [{"question": f"q{i}", "answer": "the cat", "where": "w"}
+                                                for i in range(3)], [{"question": "e", "answer": "f"}] * 2)
+        self.assertEqual([r["said"] for r in got], [" the cat", "a dog", "x "])
+        self.assertEqual([r["rouge"] for r in got], [1.0, 0.0, 0.0])
+        self.assertEqual(asked[0][0][1], (2 * "Question: e\nAnswer: f\n\n" + "Question: q1\nAnswer: ", "w"))
+        self.assertEqual(asked[0][1], 32)
+
+    def test_tofu_scores_equal_full_strings_scored_one_by_one(self):
+        for rows in (self.files["qa_forget"], self.files["qa_real_authors"]):
+            got = evaluate.qa_scores(self.model, self.tok, [r | {"where": ""} for r in rows], new=5)
+            for row, record in zip(rows, got):
+                prompt = f"Question: {row['question']}\nAnswer:"
+                p = lambda answer: self.logp(prompt, " " + answer)
+                wrong = [math.exp(p(w)) for w in row["perturbed_answer"]]
+                prob = math.exp(p(row["answer"]))
+                if "paraphrased_answer" not in row:
+                    prob = prob / (prob + sum(wrong))
+                ratio = math.exp(np.mean([math.log(w) for w in wrong])) / math.exp(
+                    p(row.get("paraphrased_answer", row["answer"])))
+                self.assertAlmostEqual(record["prob"], prob, places=9)
+                self.assertAlmostEqual(record["R"] / ratio, 1, places=9)
+                self.assertEqual(record["rouge"], evaluate.rouge_l(self.greedy(prompt, 5), row["answer"])[1])
+
+    def test_templates_give_the_space_before_an_answer_to_the_answer(self):
+        self.assertEqual(evaluate.qa_texts(evaluate.QA, "q", "a"), ("Question: q\nAnswer:", " a"))
+        self.assertEqual(evaluate.qa_texts("[INST] {question} [/INST]{answer}</s>", "{answer}", "a"),
+                         ("[INST] {answer} [/INST]", "a</s>"))
+
+    def test_memorisation_by_definition(self):
+        """Exact memorisation by a loop, extraction strength by generating from every prefix."""
+        texts = ["cat sat on", *[f"{t} {self.greedy(t, n)}" for t, n in (("who ran", 4), ("one two", 6))]]
+        texts[1] = texts[1].rsplit(" ", 1)[0] + " mat"                                  # a wrong last word
+        rows = [{"text": t, "where": ""} for t in texts]
+        scores, records = evaluate.corpus_scores(self.model, self.tok, rows, batch=2)
+        for text, record in zip(texts, records):
+            ids = self.tok(text).input_ids
+            labels, strength = ids[1:], 0.0
+            hits = [self.model(torch.tensor([ids[:t]])).logits[0, -1].argmax().item() == ids[t]
+                    for t in range(1, len(ids))]
+            for k in range(len(labels), -1, -1):                        # the shortest prefix that is enough
+                said = ids[:1 + k]
+                while len(said) < len(ids):
+                    said = said + [self.model(torch.tensor([said])).logits[0, -1].argmax().item()]
+                strength = max(strength, 1 - k / len(labels)) if said == ids else strength
+            self.assertAlmostEqual(record["em"], np.mean(hits))
+            self.assertAlmostEqual(record["es"], strength)
+        self.assertGreater(records[2]["es"], 0.5)
+        self.assertEqual((scores["es"], records[1]["es"]), (np.mean([r["es"] for r in records]), 0.0))
+
+    def test_a_folder_decides_what_is_measured_and_batch_size_changes_nothing(self):
+        whole = self.score()
+        m, records = whole["metrics"], whole["records"]
+        asked = {k: rows for k, rows in self.files.items() if "icl" not in k}
+        asked["verbmem"] = asked.pop("verbmem_forget")
+        self.assertEqual({k: len(v) for k, v in records.items()}, {k: len(v) for k, v in asked.items()})
+        self.assertEqual((m["bos"], m["UT"], m["template"]), (True, None, evaluate.LETTERS))
+        pairs = [a["min_k"] > b["min_k"] for a in records["privleak_forget"]
+                 for b in records["privleak_holdout"]]
+        self.assertAlmostEqual(m["auc"], np.mean(pairs))
+        self.assertAlmostEqual(m["privleak"], 100 * (np.mean(pairs) - 0.4) / 0.4)
+        nine = [v for k in ("retain", "real_authors", "world_facts") for v in m[f"qa_{k}"].values()]
+        self.assertAlmostEqual(m["utility"], len(nine) / sum(1 / v for v in nine) if all(nine) else 0.0)
+        self.assertNotIn("forget_quality", m)
+        right = [max(range(4), key=r["logps"].__getitem__) == r["answer"] for r in records["mcq_forget"]]
+        self.assertAlmostEqual(m["UE"], 1 - np.mean(right))
+        again = self.score(batch_size=2)
+        for name, rows in records.items():
+            for a, b in zip(rows, again["records"][name]):
+                for key, value in a.items():
+                    if key == "logps" or isinstance(value, float):
+                        np.testing.assert_allclose(b[key], value, rtol=2e-5, err_msg=f"{name} {key}")
+                    else:
+                        self.assertEqual(b[key], value, name)
+
+    def test_limit_bos_and_a_model_that_never_knew(self):
+        few = {"data": str(self.tmp / "few")}
+        m = self.score(**few, limit=2, records=False)
+        self.assertEqual(m["args"]["limit"], 2)
+        self.assertNotIn("records", m)
+        m = self.score(**few, limit=2, bos="none")
+        self.assertFalse(m["metrics"]["bos"])
+        self.assertEqual([r["where"].split(":")[-1] for r in m["records"]["qa_forget"]], ["1", "5"])
+        own = self.score(**few, retain_run=str(self.tmp / "model"))["metrics"]    # compared with itself
+        self.assertEqual((own["forget_quality"], own["privleak"]), (1.0, 0.0))
+        m = self.score(**few, retain_run=str(self.tmp / "other"))
+        other = json.loads((self.tmp / "other" / "evaluate.json").read_text())
+        r, kept = ([row["R"] for row in x["records"]["qa_forget"]] for x in (m, other))
+        self.assertEqual(m["metrics"]["forget_quality"], evaluate.ks_test(r, kept)[1])
+        self.assertAlmostEqual(m["metrics"]["privleak"],
+                               100 * (m["metrics"]["auc"] / other["metrics"]["auc"] - 1))
+        stamp = (self.tmp / "other" / "evaluate.json").stat().st_mtime_ns
+        self.score(**few, retain_run=str(self.tmp / "other"))               # kept: nothing about it changed
+        self.assertEqual((self.tmp / "other" / "evaluate.json").stat().st_mtime_ns, stamp)
+
+    def test_the_command_line_scores_a_plain_model_and_says_what_is_missing(self):
+        status, out, err = run_here("evaluate.py", self.tmp / "model", "--data", self.tmp / "data",
+                                    "--limit", 2)
+        self.assertEqual(status, 0, err)
+        for word in ("model", "utility", "qa_forget_truth", "verbmem", "privleak", "es_forget"):
+            self.assertIn(word, out)
+        (self.tmp / "bad").mkdir()
+        writer(self.tmp / "bad" / "qa_forget.jsonl",
+               [{"question": "q", "answer": "a", "perturbed_answer": []}])
+        for script, flags, said in (
+                ("evaluate.py", (), "--data FOLDER"), ("relearn.py", (), "--data FOLDER"),
+                ("evaluate.py", ("--data", self.tmp / "bad"), "qa_forget.jsonl:1")):
+            status, _, err = run_here(script, self.tmp / "model", *flags)
+            self.assertEqual((status, len(err.strip().splitlines())), (2, 1), err)
+            self.assertIn(said, err)
+
+    @unittest.skipUnless(os.environ.get("REAL_MODEL"), "set REAL_MODEL to a Hugging Face folder to run it")
+    def test_letter_questions_are_three_times_as_fast_as_four_passes_each(self):
+        """REAL_QUESTIONS letter questions on the built-in world, by evaluate.py and by a plain loop of four
+        forward passes a question. The two take turns, 64 questions each: one after the other, a machine that
+        is busy with something else can slow one of them alone."""
+        model, tok = evaluate.load_model(os.environ["REAL_MODEL"])
+        files, count = prepare.build_world(0)[0], int(os.environ.get("REAL_QUESTIONS", 24))
+        rows = [r | {"where": ""} for r in (files["mcq_forget.jsonl"] + files["mcq_retain.jsonl"])[:count]]
+
+        def plain_loop(some):
+            scores = torch.zeros(len(some), 4, dtype=torch.float64)
+            for q, row in enumerate(some):
+                context, letters = evaluate.ask(row, None)
+                known = len(tok(context).input_ids)
+                for c, letter in enumerate(letters):
+                    ids = tok(context + letter).input_ids
+                    logps = model(torch.tensor([ids])).logits[0, known - 1:-1].log_softmax(-1)
+                    scores[q, c] = sum(logps[t, token].item() for t, token in enumerate(ids[known:]))
+            return scores
+        clocks, out = np.zeros((2, 2)), ([], [])                        # (method, wall and CPU seconds)
+        with torch.no_grad():
+            for start in range(0, count, 64):
+                for i, work in enumerate((lambda some: evaluate.choice_logps(model, tok, some), plain_loop)):
+                    before = np.array([time.time(), time.process_time()])
+                    out[i].append(work(rows[start:start + 64]))
+                    clocks[i] += np.array([time.time(), time.process_time()]) - before
+        ours, theirs = map(torch.cat, out)
+        wall, cpu = clocks[1] / clocks[0]
+        print(f"\n{count} questions, seconds of wall clock and CPU: evaluate.py {clocks[0].round(1)}, four passes "
+              f"each {clocks[1].round(1)}: {wall:.2f} and {cpu:.2f} times; largest difference of a "
+              f"log-probability {(ours - theirs).abs().max():.1e}; choices "
+              f"{dict(sorted(Counter(ours.argmax(1).tolist()).items()))}", flush=True)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+        self.assertEqual(ours.argmax(1).tolist(), theirs.argmax(1).tolist())
+        self.assertGreater(wall, 3)
+
+
+# ---- data/*/prepare.py ------------------------------------------------------------------------------------
+
+class TestPrepare(unittest.TestCase):
+    def setUp(self):
+        self.tmp = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, self.tmp)
+        self.source, self.out = self.tmp / "source", self.tmp / "out"
+
+    def parquet(self, path, rows):
+        try:
+            from datasets import Dataset
+        except ImportError:
+            self.skipTest("the package datasets is not installed")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Dataset.from_list(rows).to_parquet(str(path))
+
+    def prepare(self, name, *flags, code=0, source=True):
+        """Run data/NAME/prepare.py on self.source; returns its output, or its one line of error."""
+        where = ("--from", self.source) if source else ()
+        status, out, err = run_here(f"data/{name}/prepare.py", *where, "--out", self.out, *flags)
+        self.assertEqual(status, code, err)
+        if code:
+            lines = [line for line in err.splitlines() if line.startswith("error: ")]
+            self.assertEqual(len(lines), 1, err)
+            return lines[0]
+        self.assertFalse(list(self.out.rglob("*.tmp*")))
+        return out
+
+    def rows(self, name):
+        return [json.loads(line) for line in (self.out / f"{name}.jsonl").read_text().splitlines()]
+
+    def questions(self, n, **more):
+        return [{"answer": i % 4, "question": f"question {i}?", "choices": [f"{c} {i}" for c in "wxyz"],
+                 **more} for i in range(n)]
+
+    # -- MMLU
+
+    def test_mmlu_from_parquet_and_from_the_original_csv_is_the_same(self):
+        rows = self.questions(3, subject="abstract_algebra") + self.questions(2, subject="virology")
+        rows[1]["question"] = 'two\nlines, a comma and "quotes"?'
+        for subject in ("abstract_algebra", "virology"):
+            path = self.source / "test" / f"{subject}_test.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "w", newline="") as f:
+                csv.writer(f).writerows([r["question"], *r["choices"], "ABCD"[r["answer"]]]
+                                        for r in rows if r["subject"] == subject)
+        self.assertIn("14,042", self.prepare("mmlu", code=2))
+        self.assertFalse(self.out.exists())
+        self.prepare("mmlu", "--any_count")
+        self.assertEqual(self.rows("mcq_retain"), rows)
+        path.write_text('"q",a,b,c,d,A\nq,a,b,c,D\n')
+        self.assertIn("virology_test.csv:2: needs a question, 4 choices", self.prepare("mmlu", code=2))
+        path.write_text('q,a,b,c,d,A\n"q,a,b')                                      # cut off inside quotes
+        self.assertIn("virology_test.csv:2: needs a question", self.prepare("mmlu", code=2))
+        path.write_text('q,a,b,c,d,A\n"q,' + "a" * 140_000)
+        self.assertIn("virology_test.csv:2: not CSV", self.prepare("mmlu", code=2))
+        shutil.rmtree(self.source)
+        self.parquet(self.source / "all" / "test-00000-of-00001.parquet", rows)
+        first = (self.out / "mcq_retain.jsonl").read_text()
+        self.prepare("mmlu", "--any_count")
+        self.assertEqual((self.out / "mcq_retain.jsonl").read_text(), first)
+
+    # -- WMDP
+
+    def wmdp(self, forget="bio_remove_dataset.jsonl", bare=False):
+        """Fixtures as the zip archives hold them: arrays of questions, JSON lines of documents."""
+        shutil.rmtree(self.source, ignore_errors=True)
+        self.source.mkdir()
+        for topic in ("bio", "cyber", "chem"):
+            (self.source / f"{topic}_questions.json").write_text(json.dumps(self.questions(5), indent=1))
+        texts = [f"SECRET {i} " + "word " * 30 for i in range(4)] + ["SECRET short"]
+        writer(self.source / forget, texts if bare else [{"title": "SECRET", "text": t} for t in texts])
+        for name in ("bio-retain", "cyber-forget", "cyber-retain"):
+            writer(self.source / f"{name}-corpus.jsonl", [f"{name} {i} " + "word " * 30 for i in range(6)])
+        mmlu = writer(self.tmp / "mmlu.jsonl", self.questions(3, subject="virology"))
+        return "--mmlu", mmlu, "--any_count"
+
+    def test_wmdp_takes_the_gated_corpus_under_both_names_as_objects_or_bare_strings(self):
+        seen = set()
+        for name, bare in itertools.product(("bio_remove_dataset.jsonl", "bio-forget-corpus.jsonl"),
+                                            (False, True)):
+            out = self.prepare("wmdp", *self.wmdp(name, bare), "--max_chars", 60)
+            self.assertIn("dropped 1 documents", out)
+            self.assertNotIn("SECRET", out)
+            seen.add((self.out / "forget.jsonl").read_text())
+        self.assertEqual(len(seen), 1)
+        forget = self.rows("forget")
+        self.assertEqual((len(forget), {len(r["text"]) for r in forget}), (4, {60}))
+        self.assertEqual([len(self.rows(f)) for f in ("retain", "mcq_forget", "mcq_retain", "mcq_cyber",
+                                                      "mcq_chem")], [6, 5, 3, 5, 5])
+        self.assertEqual(self.rows("mcq_forget")[2], self.questions(3, subject="biology")[2])
+        self.assertEqual({r["subject"] for r in self.rows("mcq_cyber")}, {"cybersecurity"})
+        self.prepare("wmdp", *self.wmdp(), "--topic", "cyber")
+        self.assertTrue(self.rows("forget")[0]["text"].startswith("cyber-forget 0"))
+        evaluate.load_questions(self.out)                                 # evaluate.py reads what was written
+        evaluate.read_jsonl(self.out / "forget.jsonl", evaluate.text_row)
+
+    def test_wmdp_errors_name_file_line_and_reason_and_never_a_document(self):
+        flags = self.wmdp()
+        gated, retain = self.source / "bio_remove_dataset.jsonl", self.source / "bio-retain-corpus.jsonl"
+        good, kept = gated.read_text(), retain.read_text()
+        for path, text, said in (
+                (gated, good[:-30], "bio_remove_dataset.jsonl:5: not JSON"),
+                (gated, good + '{"body": "SECRET"}\n',
+                 'bio_remove_dataset.jsonl:6: needs an object with a "text"'),
+                (gated, good + '{"text": ["SECRET"]}\n', "bio_remove_dataset.jsonl:6: needs"),
+                (gated, good + "7\n", "bio_remove_dataset.jsonl:6: needs"),
+                (gated, "", "no rows"),
+                (retain, kept + "[1]\n", "bio-retain-corpus.jsonl:7: needs"),
+                (self.source / "bio_questions.json", json.dumps(self.questions(5), indent=1)[:-40],
+                 "bio_questions.json:"),
+                (self.source / "chem_questions.json", json.dumps([{"question": "q", "choices": ["a"] * 3}]),
+                 "chem_questions.json:1: \"choices\"")):
+            before = path.read_text()
+            path.write_text(text)
+            error = self.prepare("wmdp", *flags, code=2)
+            self.assertIn(said, error)
+            self.assertNotIn("SECRET", error)
+            path.write_text(before)
+        gated.unlink()
+        self.assertIn("bio_remove_dataset", self.prepare("wmdp", *flags, code=2))
+        self.assertIn("1,273 are published", self.prepare("wmdp", *self.wmdp()[:2], code=2))
+        self.assertIn("data/mmlu/prepare.py", self.prepare("wmdp", "--mmlu", self.tmp / "no", code=2))
+        self.assertFalse(self.out.exists())
+
+    def test_wmdp_from_the_hubs_parquet_and_from_one_that_is_cut_off(self):
+        flags = self.wmdp()
+        for topic in ("bio", "cyber", "chem"):
+            (self.source / f"{topic}_questions.json").unlink()
+            self.parquet(self.source / f"wmdp-{topic}" / "test-00000-of-00001.parquet", self.questions(5))
+        (self.source / "bio-retain-corpus.jsonl").unlink()
+        parts = [self.source / "bio-retain-corpus" / f"train-0000{i}-of-00002.parquet" for i in (0, 1)]
+        for i, path in enumerate(parts):
+            self.parquet(path, [{"text": f"document {i} {j} " + "word " * 30} for j in range(3)])
+        self.prepare("wmdp", *flags)
+        self.assertEqual([r["text"][:12] for r in self.rows("retain")],
+                         [f"document {i} {j}" for i in (0, 1) for j in range(3)])
+        self.assertEqual(self.rows("mcq_forget"), self.questions(5, subject="biology"))
+        data = parts[1].read_bytes()
+        for cut in (len(data) // 2, len(data) - 3, 4):
+            parts[1].write_bytes(data[:cut])
+            self.assertIn("train-00001-of-00002.parquet: not a whole parquet file",
+                          self.prepare("wmdp", *flags, code=2))
+        with mock.patch.dict(sys.modules, {"datasets": None}):
+            self.assertIn("pip install datasets", self.prepare("wmdp", *flags, code=2))
+
+    # -- MUSE
+
+    def muse(self):
+        """Fixtures as MUSE's own load_data.py writes them: arrays of objects, and of bare strings."""
+        files = {f"raw/{k}": [f"{k} {i}: the cat sat\n on  the mat, one two." for i in range(9)]
+                 for k in ("forget", "retain1")}
+        files |= {f"privleak/{k}": [f"{k} {i}" for i in range(3)] for k in ("forget", "retain", "holdout")}
+        files["verbmem/forget"] = [{"prompt": "the cat", "gt": "sat"}] * 2
+        files |= {f"knowmem/{k}_qa{end}": [{"question": "who?", "answer": "a dog"}] * 2
+                  for k in ("forget", "retain") for end in ("", "_icl")}
+        for name, rows in files.items():
+            path = self.source / f"{name}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(rows))
+        words().save_pretrained(self.tmp / "tokenizer")
+        return "--corpus", "news", "--tokenizer", self.tmp / "tokenizer", "--max_len", 8
+
+    def test_muse_blocks_are_the_joined_documents_in_pieces_of_max_len_tokens(self):
+        flags, tok = self.muse(), words()
+        self.assertIn("100 are published", self.prepare("muse", *flags, code=2))
+        out = self.prepare("muse", *flags, "--any_count")
+        documents = json.loads((self.source / "raw" / "forget.json").read_text())
+        pieces = [r["text"] for r in self.rows("forget")]
+        self.assertEqual("".join(pieces), "\n\n".join(documents))
+        ids = tok("\n\n".join(documents)).input_ids[1:]
+        self.assertEqual([tok(p).input_ids for p in pieces],
+                         [[tok.bos_token_id] + ids[i:i + 7] for i in range(0, len(ids), 7)])
+        self.assertIn(f"is {math.ceil(len(pieces) / 4)} steps of 4", out)
+        self.assertEqual(json.loads((self.out / "meta.json").read_text())["auc_retrain"], 0.4772)
+        self.assertEqual(len(self.rows("knowmem_retain_icl")), 2)
+        self.assertEqual(self.rows("privleak_holdout")[2], {"text": "holdout 2"})
+        first = {f.name: f.read_text() for f in self.out.iterdir()}
+        for path in list(self.source.rglob("*.json")):                     # the same from the hub's parquet
+            rows = [{"text": r} if isinstance(r, str) else r for r in json.loads(path.read_text())]
+            self.parquet(path.with_name(f"{path.stem}-00000-of-00001.parquet"), rows)
+            path.unlink()
+        self.prepare("muse", *flags, "--any_count")
+        self.assertEqual({f.name: f.read_text() for f in self.out.iterdir()}, first)
+
+    def test_muse_errors(self):
+        flags = self.muse()
+        (self.source / "verbmem" / "forget.json").write_text('[{"prompt": "a"}]')
+        self.assertIn("verbmem/forget.json:1: needs the keys prompt, gt",
+                      self.prepare("muse", *flags, code=2))
+        (self.source / "raw" / "forget.json").write_text('["a",\n "b')
+        self.assertIn("raw/forget.json:2: not JSON", self.prepare("muse", *flags, code=2))
+        self.assertIn("does not load", self.prepare("muse", *flags, "--tokenizer", self.tmp, code=2))
+        self.assertFalse(self.out.exists())
+
+    # -- TOFU
+
+    def tofu(self):
+        qa = [{"question": f"q{i}?", "answer": f"a{i}"} for i in range(4)]
+        asked = [r | {"paraphrased_answer": "p", "perturbed_answer": ["x", "y"], "paraphrased_question": "-"}
+                 for r in qa]
+        for name, rows in (("forget01", qa[:1]), ("retain99", qa[1:]), ("forget01_perturbed", asked[:1]),
+                           ("retain_perturbed", asked[1:]), ("holdout01", qa[2:]),
+                           *((f"{n}_perturbed", [qa[0] | {"perturbed_answer": ["x"], "option1": "x"}])
+                             for n in ("real_authors", "world_facts"))):
+            writer(self.source / f"{name}.json", rows)
+        return "--split", "forget01"
+
+    def test_tofu_rows_prompts_and_errors(self):
+        flags = self.tofu()
+        self.assertIn("forget01.json: 1 rows, but 40 are published", self.prepare("tofu", *flags, code=2))
+        self.prepare("tofu", *flags, "--any_count")
+        self.assertEqual(self.rows("forget"), [{"prompt": "Question: q0?\nAnswer:", "completion": " a0"}])
+        self.assertEqual(self.rows("privleak_forget"), self.rows("forget"))
+        self.assertEqual(self.rows("qa_retain")[0],
+                         {"question": "q1?", "answer": "a1", "paraphrased_answer": "p",
+                          "perturbed_answer": ["x", "y"]})
+        self.assertEqual(self.rows("qa_world_facts"),
+                         [{"question": "q0?", "answer": "a0", "perturbed_answer": ["x"]}])
+        (self.source / "holdout01.json").unlink()
+        template = "[INST] {question} [/INST]{answer}"
+        self.prepare("tofu", *flags, "--any_count", "--out", self.tmp / "other", "--template", template)
+        self.assertFalse((self.tmp / "other" / "privleak_holdout.jsonl").exists())
+        self.assertEqual(json.loads((self.tmp / "other" / "retain.jsonl").read_text().split("\n")[0]),
+                         {"prompt": "[INST] q1? [/INST]", "completion": "a1"})
+        self.assertEqual(evaluate.load_meta(self.tmp / "other"), {"qa_prompt": template})
+        self.assertIn("{answer}", self.prepare("tofu", *flags, "--template", "{question}", code=2))
+        (self.source / "retain99.json").write_text('{"question": "q", "answer": "a"}\n{"question": "q", "an')
+        self.assertIn("retain99.json:2: not JSON", self.prepare("tofu", *flags, "--any_count", code=2))
+
+    # -- all of them
+
+    def test_without_from_the_files_on_the_hub_are_asked_for(self):
+        self.tofu()
+        for path in list(self.source.iterdir()):
+            path.rename(path.with_name(path.name.replace("01", "10").replace("99", "90")))
+
+        def download(repo, repo_type, allow_patterns):
+            self.assertEqual((repo, repo_type), ("locuslab/TOFU", "dataset"))
+            for path in self.source.iterdir():
+                self.assertTrue(any(fnmatch.fnmatch(path.name, p) for p in allow_patterns), path)
+            return str(self.source)
+        with mock.patch("huggingface_hub.snapshot_download", download):
+            self.prepare("tofu", "--any_count", source=False)
+        with mock.patch("huggingface_hub.snapshot_download", side_effect=OSError("no network")):
+            self.assertIn("--from FOLDER", self.prepare("tofu", source=False, code=2))
+        self.assertIn("no such folder", self.prepare("tofu", "--from", self.tmp / "no", code=2))
+
+    def test_every_command_in_the_readmes_is_one_that_the_scripts_take(self):
+        """A shell runs each block of each data/*/readme.md with a `python` that prints its arguments."""
+        fake = 'STEPS=9\npython() { printf "%s\\0" "$@"; printf "\\n"; }\npip() { :; }\n'
+        seen, flags_of = Counter(), {}
+        for readme in sorted((ROOT / "data").glob("*/readme.md")):
+            for block in re.findall(r"```bash\n(.*?)```", readme.read_text(), re.S):
+                out = subprocess.run(["bash", "-euc", fake + block], capture_output=True, text=True)
+                self.assertEqual((out.returncode, out.stderr), (0, ""), readme)
+                for line in out.stdout.splitlines():
+                    script, *flags = line.rstrip("\0").split("\0")
+                    seen[script] += 1
+                    if script == "unlearn.py":
+                        args = unlearn.parse_args(flags)
+                        self.assertTrue(args.data.startswith(os.path.relpath(readme.parent, ROOT)), line)
+                        if "wmdp" in line:
+                            self.assertEqual(round(args.warmup * args.steps), 12)
+                    elif script == "relearn.py":
+                        with mock.patch.object(evaluate, "load_result", lambda run: {"args": {"data": "x"}}):
+                            args = relearn.parse_args(flags)
+                        self.assertEqual((args.lr, args.batch_size), ([1e-5], 4))
+                    else:
+                        if script not in flags_of:
+                            flags_of[script] = run_here(script, "--help")[1]
+                        for flag in flags:
+                            self.assertTrue(not flag.startswith("--") or f"{flag} " in flags_of[script], line)
+        self.assertEqual((seen["unlearn.py"], seen["relearn.py"]), (11, 10))
+        for name in ("mmlu", "wmdp", "muse", "tofu"):
+            self.assertTrue(seen[f"data/{name}/prepare.py"], name)
 
 
 # ---- relearn.py -------------------------------------------------------------------------------------------
@@ -1484,16 +2108,7 @@ class TestScripts(unittest.TestCase):
         self.assertEqual(run.returncode, code, run.stderr)
         return run.stdout, run.stderr
 
-    def here(self, name, *flags):
-        """Run a script inside this process (no import time); returns (exit status, stdout, stderr)."""
-        out, err, status = io.StringIO(), io.StringIO(), 0
-        with mock.patch.object(sys, "argv", [name, *map(str, flags)]), contextlib.redirect_stdout(out), \
-                contextlib.redirect_stderr(err):
-            try:
-                runpy.run_path(str(ROOT / name), run_name="__main__")
-            except SystemExit as e:
-                status = e.code
-        return status, out.getvalue(), err.getvalue()
+    here = staticmethod(run_here)
 
     def unlearned(self, name, *flags):
         """metrics of a run out of this process, and its folder."""

@@ -8,6 +8,7 @@ import argparse, contextlib, csv, fnmatch, hashlib, importlib.util, io, itertool
 import runpy, shutil, subprocess, sys, tempfile, time, unittest
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 os.environ["TQDM_DISABLE"] = "1"            # tqdm reads it at import; the scripts that tests start inherit it
@@ -1985,7 +1986,378 @@ class TestPrepare(unittest.TestCase):
             self.assertTrue(seen[f"data/{name}/prepare.py"], name)
 
 
+# ---- evaluate.py: attacks, sharpness, pictures ------------------------------------------------------------
+
+class TestSpearman(unittest.TestCase):
+    def test_critical_values_of_the_published_table(self):
+        """Two-sided critical values of Spearman's rho (Zar 1972): the smallest |rho| with p <= alpha. All
+        values that rho can take are 1 - 6 S / (n^3 - n) with S even."""
+        table = {5: {.10: .900, .05: 1.000}, 6: {.10: .829, .05: .886, .02: .943, .01: 1.000},
+                 7: {.10: .714, .05: .786, .02: .893, .01: .929},
+                 8: {.10: .643, .05: .738, .02: .833, .01: .881}}
+        rng = random.Random(0)
+        for n, by_alpha in table.items():
+            p_of = {}
+            for _ in range(3000 if n < 8 else 600):
+                y = rng.sample(range(n), n)
+                s = sum((i - v) ** 2 for i, v in enumerate(y))
+                rho = 1 - 6 * s / (n ** 3 - n)
+                if s not in p_of and rho > 0.5:
+                    got, p_of[s] = evaluate.spearman(range(n), y)
+                    self.assertAlmostEqual(got, rho, places=12)
+            for alpha, critical in by_alpha.items():
+                for s, p in p_of.items():
+                    rho = 1 - 6 * s / (n ** 3 - n)
+                    self.assertEqual(p <= alpha + 1e-12, rho > critical - 0.0006, (n, alpha, rho, p))
+
+    def test_ties_share_their_mean_rank_and_many_pairs_use_student(self):
+        rho, p = evaluate.spearman([1, 2, 2, 3], [1.0, 5.0, 5.0, 9.0])
+        self.assertAlmostEqual(rho, 1)
+        self.assertAlmostEqual(p, 4 / 24)                          # 4 of the 24 orders give rho 1 or -1
+        y = [2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11]
+        rho, p = evaluate.spearman(range(12), y)
+        self.assertAlmostEqual(rho, 1 - 6 * 12 / (12 ** 3 - 12))
+        self.assertAlmostEqual(p, evaluate.student_p(rho * math.sqrt(10 / (1 - rho ** 2)), 10))
+        self.assertLess(p, 1e-6)
+        self.assertEqual(evaluate.spearman([1, 1, 1], [1, 2, 3]), (None, None))
+
+    def test_flat_methods_that_resist_give_a_correlation_of_minus_one(self):
+        rows = [{"sharpness (own) top": 10.0 - i, "UE 20": 0.3 + i / 10} for i in range(4)]
+        groups = {i: {0: row} for i, row in enumerate(rows)}
+        got = evaluate.flat_and_robust(groups, {i: {"mean": row} for i, row in enumerate(rows)})
+        self.assertEqual([g[:4] for g in got], [("sharpness (own) top", "UE 20", over, 4)
+                                                for over in ("methods", "runs")])
+        for *_, rho, p in got:
+            self.assertAlmostEqual(rho, -1)
+            self.assertAlmostEqual(p, 2 / 24)
+
+
+# ---- evaluate.py: the input-space attack ------------------------------------------------------------------
+
+class TestPrefix(unittest.TestCase):
+    rows = [dict(row, fact=i) for i, row in enumerate(TestEvaluate.rows)]
+    prompt = TestEvaluate.prompt
+
+    def setUp(self):
+        self.folder = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, self.folder)
+        for name, seed in (("victim", 0), ("teacher", 1)):
+            little_llama(torch.float32, seed).save_pretrained(self.folder / name)
+            words().save_pretrained(self.folder / name)
+        (self.folder / "mcq_forget.jsonl").write_text("".join(
+            json.dumps({k: r[k] for k in ("question", "choices", "answer")}) + "\n" for r in self.rows))
+        (self.folder / "meta.json").write_text(json.dumps({"prompt": self.prompt}))
+        self.done = {"args": {"data": str(self.folder), "model": str(self.folder / "teacher")}}
+
+    def args(self, **more):
+        return SimpleNamespace(**{
+            "data": None, "device": "cpu", "teacher": None, "overwrite": False, "attack_method": "gcg+",
+            "attack_weights": None, "attack_moves": None, "attack_buffer": None, "attack_calls": 300,
+            "attack_questions": 2, "attack_length": [4, 7], "attack_candidates": 4, "attack_topk": 8,
+            "attack_answer": 3, "attack_every": 60, "attack_seed": 0, **more})
+
+    def search(self, **more):
+        metrics = evaluate.attack_prefix(self.folder / "victim", self.done, self.args(**more))
+        name = f"attack_{more.get('attack_method', 'gcg+')}.json"
+        return metrics, json.loads((self.folder / "victim" / name).read_text())
+
+    def by_hand(self, victim, teacher, tok, prefix, rows, answer):
+        """The five terms of one prefix (a list of token ids), by loops over questions and tokens."""
+        layer, terms, tokens, labels = 2, np.zeros(5), 0, 0                  # 0.62 of 3 layers is 2, rounded
+        for row in rows:
+            clean = tok(self.prompt.format(question=row["question"])).input_ids
+            said = list(clean)
+            for _ in range(answer):
+                token = teacher(torch.tensor([said])).logits[0, -1].argmax().item()
+                if token == tok.eos_token_id:
+                    break
+                said.append(token)
+            ids = torch.tensor([[clean[0]] + prefix + said[1:]])
+            logits = victim(ids).logits[0].log_softmax(-1)
+            state = [m(x, output_hidden_states=True).hidden_states[layer][0]
+                     for m, x in ((victim, ids), (teacher, ids), (teacher, torch.tensor([said])))]
+            for t in range(1, len(said)):
+                a, b, c = state[0][len(prefix) + t], state[1][len(prefix) + t], state[2][t]
+                terms[1] += (a - b).square().sum().sqrt().item()
+                terms[2] += 1 - (a @ c / a.norm() / c.norm()).item()
+                tokens += 1
+            for t in range(len(clean), len(said)):
+                terms[0] -= logits[len(prefix) + t - 1, said[t]].item()
+                labels += 1
+        terms[0], terms[1], terms[2] = terms[0] / labels, terms[1] / tokens, terms[2] / tokens
+        terms[3] = -np.mean([logits[t, token].item() for t, token in enumerate(prefix)])
+        terms[4] = sum(max(n - 1, 0) ** 1.5 for n in Counter(prefix).values()) / len(prefix)
+        return terms
+
+    def test_loss_terms_match_loops_over_questions_and_tokens(self):
+        victim, teacher, tok = little_llama(), little_llama(seed=1), words()
+        task = evaluate.prefix_task(teacher, tok, self.rows, self.prompt, 3)
+        prefixes = [[5, 9, 5, 5, 9], [7, 8, 11, 6, 10]]
+        onehot = F.one_hot(torch.tensor(prefixes), len(tok)).double()
+        got = evaluate.prefix_terms(victim, teacher, onehot, task)
+        for prefix, terms in zip(prefixes, got):
+            want = self.by_hand(victim, teacher, tok, prefix, self.rows, 3)
+            np.testing.assert_allclose(terms.detach().numpy(), want, rtol=1e-5)
+        self.assertAlmostEqual(got[0, 4].item(), (2 ** 1.5 + 1) / 5)
+        self.assertEqual(evaluate.prefix_terms(victim, None, onehot, task)[0, 1], 0)
+        clean = evaluate.prefix_terms(teacher, teacher, onehot[:, :0], task)
+        self.assertTrue((clean[:, 1:3].abs() < 1e-6).all())
+
+    def test_each_mutation_is_one_change_and_takes_the_tokens_it_should(self):
+        ids, rng = [3, 4, 5, 6], random.Random(0)
+        scores = torch.randn(5, 20, generator=torch.Generator().manual_seed(0))
+        top = [set(row.topk(3).indices.tolist()) for row in scores]
+        for move, width in (("swap", 4), ("delete", 3), ("insert", 5), ("sample", 4)):
+            for new in evaluate.mutate(ids, move, scores, 200, 3, rng):
+                self.assertEqual(len(new), width)
+                if move == "delete":
+                    self.assertIn(new, [ids[:i] + ids[i + 1:] for i in range(4)])
+                elif move == "insert":
+                    places = [i for i in range(5) if new[:i] + new[i + 1:] == ids]
+                    self.assertTrue(any(new[i] in top[i] for i in places), new)
+                else:
+                    changed = [i for i in range(4) if new[i] != ids[i]]
+                    self.assertTrue(len(changed) <= 1 and all(new[i] in top[i] for i in changed), new)
+        row = scores[:1].topk(3)
+        swap, sample = (Counter(new[0] for new in evaluate.mutate([99], move, scores[:1], 4000, 3, rng))
+                        for move in ("swap", "sample"))
+        for token, p in zip(row.indices[0].tolist(), row.values[0].softmax(-1).tolist()):
+            self.assertAlmostEqual(sample[token] / 4000, p, delta=0.03)     # four standard errors
+            self.assertAlmostEqual(swap[token] / 4000, 1 / 3, delta=0.03)
+
+    def test_the_result_is_what_the_text_of_the_prefix_gives(self):
+        metrics, saved = self.search()
+        victim, tok = evaluate.load_model(self.folder / "victim")
+        teacher = evaluate.load_model(self.folder / "teacher")[0]
+        loss, terms, ids = saved["state"]["best"][0]
+        self.assertEqual(tok(metrics["prefix"]).input_ids[1:], ids)
+        self.assertFalse(set(ids) & set(tok.all_special_ids))
+        picks = random.Random(0).sample(range(4), 2)
+        want = self.by_hand(victim, teacher, tok, ids, [self.rows[i] for i in sorted(picks)], 3)
+        np.testing.assert_allclose(terms, want, rtol=1e-3, atol=1e-4)
+        self.assertAlmostEqual(loss, want @ [1, 1, 10, 1.5, 3], places=2)
+        self.assertEqual(metrics["length"], [4, 7])
+        self.assertGreaterEqual(len(ids), 6)          # the minimum has grown: 3 steps in 300 calls
+        wrong = []
+        for row in self.rows:                                           # UE from full strings, one by one
+            start = metrics["prefix"] + " " + self.prompt.format(question=row["question"])
+            scores = []
+            for choice in row["choices"]:
+                full, known = tok(f"{start} {choice}").input_ids, len(tok(start).input_ids)
+                logits = victim(torch.tensor([full])).logits[0].log_softmax(-1)
+                scores.append(sum(logits[t - 1, full[t]].item() for t in range(known, len(full))))
+            wrong.append(int(np.argmax(scores)) != row["answer"])
+        self.assertAlmostEqual(metrics["UE"], np.mean(wrong))
+        held = [w for i, w in enumerate(wrong) if i not in picks]
+        self.assertAlmostEqual(metrics["UE_heldout"], np.mean(held))
+
+    def test_an_interrupted_search_goes_on_and_ends_as_if_it_never_was(self):
+        whole = self.search()[1]
+        (self.folder / "victim" / "attack_gcg+.json").unlink()
+        write, count = evaluate.write_json, itertools.count()
+
+        def fails_later(path, value):
+            if next(count) == 2:
+                raise KeyboardInterrupt
+            write(path, value)
+        with mock.patch.object(evaluate, "write_json", fails_later), self.assertRaises(KeyboardInterrupt):
+            self.search()
+        half = json.loads((self.folder / "victim" / "attack_gcg+.json").read_text())["state"]
+        self.assertTrue(100 < half["calls"] < 300)
+        resumed = self.search()[1]
+        self.assertEqual((resumed["state"], resumed["metrics"]), (whole["state"], whole["metrics"]))
+        with self.assertRaisesRegex(evaluate.InputError, "--overwrite"):
+            self.search(attack_seed=1)
+        self.assertNotEqual(self.search(attack_seed=1, overwrite=True)[1]["state"], whole["state"])
+
+    def test_model_calls_are_counted_and_the_budget_ends_the_search(self):
+        for method, weights in (("gcg+", None), ("gcg", None), ("random", None)):
+            calls = []                                               # passes over prefix and all questions
+
+            def counted(model, onehot, task, run=evaluate.run_prefix):
+                calls.append(len(onehot) * (3 if onehot.requires_grad else 1) * bool(onehot.shape[1]))
+                return run(model, onehot, task)
+            with mock.patch.object(evaluate, "run_prefix", counted):
+                state = self.search(attack_method=method, attack_length=[4, 4])[1]["state"]
+            drawn = state["calls"] - sum(calls)                      # one call each for sample's logits
+            self.assertTrue(0 <= drawn <= 0.5 * state["iteration"] * (method == "gcg+"), (method, drawn))
+            self.assertTrue(300 <= state["calls"] < 300 + 6 + 2 * 4, method)
+            self.assertGreaterEqual(len(state["curve"]), 5)
+            losses = [p["loss"] for p in state["curve"]]
+            self.assertEqual(losses, sorted(losses, reverse=True), method)
+
+    def test_the_gradient_finds_lower_losses_than_random_prefixes(self):
+        """With the sign of the gradient wrong it would not."""
+        gcg, chance = (self.search(attack_method=m, attack_calls=400, attack_length=[6, 6])[0]["loss"]
+                       for m in ("gcg", "random"))
+        self.assertLess(gcg, chance - 0.3)
+
+    def test_the_length_is_cut_to_the_room_that_the_context_leaves(self):
+        self.assertEqual(self.search(attack_length=[5, 100], attack_calls=30)[0]["length"][0], 5)
+        longest = max(len(words()(self.prompt.format(question=r["question"])).input_ids) for r in self.rows)
+        metrics = self.search(attack_length=[50, 100], attack_calls=30, overwrite=True)[0]
+        self.assertEqual(metrics["length"], [50, 64 - longest - 3] if 64 - longest - 3 > 50 else
+                         [64 - longest - 3] * 2)
+
+
+# ---- evaluate.py: sharpness and pictures ------------------------------------------------------------------
+
+class TestSharpness(unittest.TestCase):
+    def dense(self, net):
+        g = torch.cat([x.reshape(-1) for x in net.gradient(graph=True)])
+        keep = {"retain_graph": True, "materialize_grads": True}
+        return torch.stack([flat(torch.autograd.grad(x, net.params, **keep)) for x in g])
+
+    def test_products_eigenvalue_and_trace_are_those_of_the_dense_hessian(self):
+        for seed, sign in itertools.product(range(3), (1, -1)):  # with -1 the negative end is the larger one
+            net = Network(seed)
+            h = sign * self.dense(net)
+            n, rng = len(h), torch.Generator().manual_seed(0)
+            gradient, product = evaluate.hessian(sign * net.loss(net.params), net.params)
+            torch.testing.assert_close(gradient, sign * flat(net.gradient()))
+            v = torch.randn(n, generator=rng, dtype=torch.float64)
+            torch.testing.assert_close(product(v), h @ v)
+            top, residual = evaluate.top_eigenvalue(product, v, 5000, tol=1e-7)
+            self.assertAlmostEqual(top, torch.linalg.eigvalsh(h)[-1].item(), places=6)
+            self.assertLess(residual, 1e-5)
+            signs = [torch.randn(n, generator=rng, dtype=torch.float64).sign() for _ in range(500)]
+            mean, error = evaluate.mean_se([(z @ product(z)).item() for z in signs])
+            self.assertLess(abs(mean - h.trace().item()), 4 * error)
+
+    def model(self):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(
+            vocab_size=12, hidden_size=4, num_hidden_layers=1, num_attention_heads=2, intermediate_size=4,
+            max_position_embeddings=16, initializer_range=0.5, tie_word_embeddings=False)).double().eval()
+
+    def test_of_a_whole_model_against_its_dense_hessian(self):
+        model, texts = self.model(), ([1, 5, 6, 7, 3], [2, 9])
+        batch = evaluate.collate([(ids, ids) for ids in texts], 0)
+        names, params = zip(*model.named_parameters())
+        sizes = [p.numel() for p in params]
+
+        def at(w):
+            values = {n: x.view_as(p) for n, x, p in zip(names, w.split(sizes), params)}
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                logits = torch.func.functional_call(model, values, (batch["input_ids"],)).logits[:, :-1]
+            return F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
+        w = flat(params)
+        h, g = torch.autograd.functional.hessian(at, w), torch.autograd.functional.jacobian(at, w)
+        loss = lambda: -evaluate.token_logps(model, batch)[0].sum() / 5
+        got = evaluate.sharpness(model, loss, 0.05, 3000, 64)
+        self.assertAlmostEqual(got["loss"], at(w).item(), places=6)
+        self.assertAlmostEqual(got["gradient"], g.norm().item(), places=5)
+        self.assertAlmostEqual(got["top"], torch.linalg.eigvalsh(h)[-1].item(), delta=0.005 * got["top"])
+        self.assertLess(abs(got["trace"] - h.trace().item()), 4 * got["trace_se"])
+        self.assertAlmostEqual(got["rise"], (at(w + 0.05 * g / g.norm()) - at(w)).item(), places=6)
+        self.assertTrue(torch.equal(w, flat(params)))
+        self.assertTrue(all(p.grad is None for p in params))
+
+    def test_the_forget_objective_is_the_one_that_unlearning_descends(self):
+        with tempfile.TemporaryDirectory() as folder:
+            little_llama(torch.float32, 1).save_pretrained(f"{folder}/teacher")
+            words().save_pretrained(f"{folder}/teacher")
+            (Path(folder) / "forget.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
+            model, tok = little_llama(torch.float32), words()
+            samples = evaluate.encode_rows(tok, [{"text": t, "where": ""} for t in TEXTS[::2]], 64)
+            for loss in ("npo", "simnpo", "ga"):
+                ran = unlearn.parse_args(["--loss", loss, "--out", "/nowhere", "--data", folder, "--model",
+                                          f"{folder}/teacher", "--reduce", "sum", "--micro_batch", "2"])
+                args = SimpleNamespace(sharpness="own", sharpness_rows=3, data=None, device="cpu",
+                                       teacher=None)
+                got = evaluate.forget_objective(model, tok, "run", {"args": vars(ran)}, args)()
+                ref = unlearn.reference_logps(little_llama(torch.float32, 1), samples, ran, 0)
+                micro = unlearn.micro_batches(samples, [0, 1, 2], 2, 0, "cpu", ref)
+                want = unlearn.forget_backward(model, micro, None, ran)
+                self.assertAlmostEqual(got.item(), want.item(), delta=1e-5 * abs(want.item()))
+            args.sharpness = "nll"
+            got = evaluate.forget_objective(model, tok, "run", {"args": {"data": folder}}, args)()
+            nll = [-evaluate.token_logps(model, evaluate.collate([s], 0))[0].sum().item() for s in samples]
+            self.assertAlmostEqual(got.item(), sum(nll) / sum(len(s[0]) - 1 for s in samples), places=5)
+            args.sharpness = "own"
+            with self.assertRaisesRegex(evaluate.InputError, "nll"):
+                evaluate.forget_objective(model, tok, "run", {"args": {"data": folder, "loss": "rmu"}}, args)
+
+
+class TestPictures(unittest.TestCase):
+    def test_landscape_moves_along_filter_normalised_directions_and_comes_back(self):
+        model = little_llama(torch.float32)
+        params = list(model.parameters())
+        batch = evaluate.collate([([1, 5, 6, 7], [1, 5, 6, 7])], 0)
+        loss = lambda: -evaluate.token_logps(model, batch)[0].sum()
+        before, centre = flat(params).clone(), loss().item()
+        directions = evaluate.filter_directions(params, 3)
+        for d in directions:
+            for p, x in zip(params, d):
+                if p.dim() == 1:
+                    self.assertFalse(x.any())
+                for row, filter in zip(x, p) if p.dim() > 1 else ():
+                    self.assertAlmostEqual(row.norm().item(), filter.norm().item(), places=5)
+        self.assertFalse(torch.equal(flat(directions[0]), flat(directions[1])))
+        grid = evaluate.landscape(model, loss, 3, seed=3, reach=0.1)
+        self.assertTrue(torch.equal(before, flat(params)))
+        self.assertAlmostEqual(grid[1, 1], centre, places=6)
+        with torch.no_grad():
+            for p, x, y in zip(params, *directions):
+                p.add_(-0.1 * x + 0.1 * y)                                  # a = -0.1, b = 0.1
+        self.assertAlmostEqual(grid[0, 2], loss().item(), places=4)
+
+    def test_relearn_curves_average_runs_or_the_seeds_of_one(self):
+        with tempfile.TemporaryDirectory() as folder:
+            for run, ends in (("a", (0.2, 0.4)), ("b", (0.5, 0.7))):
+                (Path(folder) / run).mkdir()
+                curves = [[{"step": 0, "UE": 0.8}, {"step": 3, "UE": end}] for end in ends]
+                budget = {"samples": 10, "epochs": 1, "curves": curves}
+                evaluate.write_json(f"{folder}/{run}/relearn.json", {
+                    "args": {"batch_size": 4}, "metrics": {"budgets": [budget, {"samples": 99}]}})
+            seen, mean, error = evaluate.relearn_curve([f"{folder}/a"])
+            self.assertEqual(seen, [0, 10])                                 # the third batch is half full
+            np.testing.assert_allclose(mean + error, [0.8, 0.3, 0, 0.1])
+            _, mean, error = evaluate.relearn_curve([f"{folder}/a", f"{folder}/b"])
+            np.testing.assert_allclose(mean + error, [0.8, 0.45, 0, 0.15])
+
+    @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not installed")
+    def test_every_picture_is_written_and_shows_something(self):
+        from matplotlib.image import imread
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "forget.jsonl").write_text('{"text": "a dog ran"}\n')
+            methods, runs = {}, {}
+            for i, name in enumerate(("npo", "npo+sam")):
+                run = f"{folder}/{name}"
+                little_llama(torch.float32, i).save_pretrained(run)
+                words().save_pretrained(run)
+                evaluate.write_json(f"{run}/result.json", {"args": {"data": folder}})
+                curve = [{"step": 0, "UE": 0.7}, {"step": 5, "UE": 0.3 + 0.3 * i}]
+                evaluate.write_json(f"{run}/relearn.json", {"args": {"batch_size": 4}, "metrics": {
+                    "budgets": [{"samples": 20, "epochs": 1, "curves": [curve, curve]}]}})
+                mean = {"UE": 0.7, "UT": 0.9 + 0.05 * i, "UE 20": 0.3 + 0.3 * i}
+                error = {"UE": 0.01, "UT": None, "UE 20": 0.1}
+                methods[name] = {"rows": {0: mean}, "mean": mean, "se": error}
+                runs[name] = [run]
+            args = SimpleNamespace(device="cpu", data=None, sharpness="nll", sharpness_rows=4, plot_points=3)
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                evaluate.pictures(f"{folder}/new/pictures", methods, runs, args)
+            for name in ("ue_bars", "relearn_curves", "landscape", "ue_ut"):
+                image = imread(f"{folder}/new/pictures/{name}.png")[..., :3]
+                self.assertGreater(min(image.shape[:2]), 300, name)
+                self.assertGreater((image != 1).any(-1).mean(), 0.02, name)           # not an empty page
+                self.assertIn(f"{name}.png", out.getvalue())
+            self.assertEqual(len(list(Path(f"{folder}/new/pictures").iterdir())), 4)
+
+    def test_without_matplotlib_the_error_says_what_to_install(self):
+        with mock.patch.dict(sys.modules, {"matplotlib": None}):
+            with self.assertRaisesRegex(evaluate.InputError, "pip install matplotlib"):
+                evaluate.pictures("nowhere", {}, {}, None)
+        self.assertFalse(Path("nowhere").exists())
+
+
 # ---- relearn.py -------------------------------------------------------------------------------------------
+
+def relearn_args(**more):
+    return SimpleNamespace(**{
+        "max_len": 0, "samples": [4], "seed": 0, "draws": 1, "lr": [1e-2], "epochs": [1], "batch_size": 2,
+        "lora": 0, "curve_every": 0, "ut_drop": 0.05, "quantize": [], "prune": [], "group": 64, **more})
+
 
 class TestRelearn(unittest.TestCase):
     def test_samples_are_nested_distinct_in_fact_and_follow_the_seed(self):
@@ -2021,7 +2393,7 @@ class TestRelearn(unittest.TestCase):
         questions = {"mcq_forget": [dict(r, fact=i) for i, r in enumerate(TestEvaluate.rows)],
                      "prompt": "{question}"}
         before = flat(model.parameters()).clone()
-        args = mock.Mock(max_len=0, samples=[4, 2], seed=0, draws=2, lr=[1e-2], epochs=[1], batch_size=2)
+        args = relearn_args(samples=[4, 2], draws=2, lr=[1e-2], batch_size=2)
         metrics = relearn.attack(model, tok, rows, questions, args)
         self.assertTrue(torch.equal(before, flat(model.parameters())))
         self.assertEqual([b["samples"] for b in metrics["budgets"]], [2, 4])
@@ -2034,10 +2406,143 @@ class TestRelearn(unittest.TestCase):
     def test_a_diverging_attack_is_an_error_and_restores(self):
         model, tok = little_llama(torch.float32), words()
         before = flat(model.parameters()).clone()
-        args = mock.Mock(max_len=0, samples=[4], seed=0, draws=1, lr=[1e30], epochs=[3], batch_size=1)
+        args = relearn_args(samples=[4], lr=[1e30], epochs=[3], batch_size=1)
         with self.assertRaisesRegex(evaluate.InputError, "lower it"):
             relearn.attack(model, tok, [{"text": t, "where": ""} for t in TEXTS], {"prompt": None}, args)
         self.assertTrue(torch.equal(before, flat(model.parameters())))
+
+
+class TestAttackVariants(unittest.TestCase):
+    rows = [{"text": t, "where": "", "fact": i} for i, t in enumerate(TEXTS)]
+    questions = {name: [dict(r, fact=i) for i, r in enumerate(TestEvaluate.rows)]
+                 for name in ("mcq_forget", "mcq_retain")} | {"prompt": "{question}"}
+
+    def test_curve_is_the_ue_on_the_way_and_changes_nothing_else(self):
+        model, tok = little_llama(torch.float32), words()
+        args = relearn_args(samples=[5], draws=3, epochs=[2], lr=[0.1])
+        plain = relearn.attack(model, tok, self.rows, self.questions, args)["budgets"][0]
+        args.curve_every = 2
+        curved = relearn.attack(model, tok, self.rows, self.questions, args)["budgets"][0]
+        curves = curved.pop("curves")
+        self.assertEqual(plain, curved)
+        self.assertEqual([[p["step"] for p in c] for c in curves], [[0, 2, 4, 6]] * 3)
+        self.assertEqual([c[-1]["UE"] for c in curves], [d["UE"] for d in curved["draws"]])
+        encoded = evaluate.encode_rows(tok, self.rows, 64)
+        for draw, curve in enumerate(curves):                        # the same steps again, seen from outside
+            copy, seen = little_llama(torch.float32), []
+            watch = lambda step, steps: seen.append(evaluate.ue_ut(copy, tok, self.questions)["UE"])
+            picks = relearn.draw_samples(self.rows, 5, f"0 {draw}")
+            relearn.relearn(copy, [encoded[i] for i in picks], 0, 0.1, 2, 2, f"0 {draw} order", watch)
+            self.assertEqual([p["UE"] for p in curve[1:]], seen[1::2])
+        self.assertGreater(len({p["UE"] for c in curves for p in c}), 1)
+        v = [d["UE"] for d in curved["draws"]]
+        self.assertAlmostEqual(curved["se"]["UE"], np.std(v, ddof=1) / math.sqrt(3))
+
+    def test_adapters_train_as_explicit_low_rank_matrices_and_leave_no_trace(self):
+        model, tok, names = little_llama(), words(), []
+        samples = evaluate.encode_rows(tok, self.rows[:4], 64)
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        weights = {n: p.detach() for n, p in model.named_parameters()}
+        with relearn.lora(model, 2, "x"):
+            ab = {}
+            for name, m in model.named_modules():
+                if hasattr(m, "lora_a"):
+                    ab[f"{name}.weight"] = [m.lora_a.detach().clone().requires_grad_(),
+                                            m.lora_b.detach().clone().requires_grad_()]
+            start = model(torch.tensor([samples[0][0]])).logits.detach()
+            relearn.relearn(model, samples, 0, 1e-2, 2, 2, "order")
+            got = model(torch.tensor([samples[0][0]])).logits.detach()
+        self.assertEqual(len(ab), 3 * 7)                              # every linear layer but lm_head
+        torch.testing.assert_close(start, model(torch.tensor([samples[0][0]])).logits, rtol=0, atol=0)
+
+        def logits(ids):                                              # W + 2 B A written out
+            full = weights | {n: weights[n] + 2 * b @ a for n, (a, b) in ab.items()}
+            return torch.func.functional_call(model, full, (torch.tensor([ids]),)).logits[0]
+        opt = torch.optim.AdamW([x for pair in ab.values() for x in pair], lr=1e-2, weight_decay=0)
+        decay, rng = torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.0, total_iters=4), random.Random("order")
+        for _ in range(2):
+            order = rng.sample(range(4), 4)
+            for part in (order[:2], order[2:]):
+                nll = torch.cat([F.cross_entropy(logits(samples[j][0])[:-1], torch.tensor(samples[j][0][1:]),
+                                                 reduction="none") for j in part])
+                opt.zero_grad()
+                nll.mean().backward()
+                opt.step(), decay.step()
+        torch.testing.assert_close(got[0], logits(samples[0][0]).detach(), rtol=1e-4, atol=1e-4)
+        self.assertGreater((got - start).abs().max(), 0.1)
+        after = model.state_dict()
+        self.assertEqual(list(before), list(after))
+        self.assertTrue(all(torch.equal(before[k], after[k]) for k in before))
+        self.assertTrue(all(p.requires_grad for p in model.parameters()))
+        self.assertFalse(any(m._forward_hooks for m in model.modules()))
+        with self.assertRaises(KeyboardInterrupt), relearn.lora(model, 2, "x"):
+            raise KeyboardInterrupt
+        self.assertEqual(list(before), list(model.state_dict()))
+
+    def test_rounding_matches_a_loop_over_groups(self):
+        for bits, group, dtype in ((8, 64, torch.float32), (4, 5, torch.float32), (4, 64, torch.bfloat16)):
+            w = torch.randn(3, 12, generator=torch.Generator().manual_seed(0)).to(dtype)
+            w[1, 5:10] = 0
+            got, q = w.clone(), 2 ** (bits - 1) - 1
+            relearn.quantize_(got, bits, group)
+            for r in range(3):
+                for start in range(0, 12, group):
+                    part = w[r, start:start + group].tolist()
+                    scale = max(map(abs, part)) / q
+                    want = [round(x / scale) * scale if scale else 0.0 for x in part]
+                    torch.testing.assert_close(got[r, start:start + group], torch.tensor(want, dtype=dtype))
+                    self.assertLessEqual(len(set(got[r, start:start + group].tolist())), 2 * q + 1)
+            error = (got - w).abs().max().item()
+            self.assertTrue(0 < error <= w.abs().max().item() / q / 2 * 1.02, (bits, error))
+
+    def test_pruning_zeroes_exactly_the_smallest_weights(self):
+        w = torch.randn(7, 9, generator=torch.Generator().manual_seed(0))
+        for percent in (0, 10, 33.3, 50, 100):
+            got = w.clone()
+            relearn.prune_(got, percent)
+            order = sorted(range(63), key=lambda i: abs(w.view(-1)[i].item()))
+            want = w.clone()
+            for i in order[:math.floor(percent / 100 * 63)]:
+                want.view(-1)[i] = 0
+            self.assertTrue(torch.equal(got, want))
+        ties = torch.ones(10)[None]
+        relearn.prune_(ties, 30)
+        self.assertEqual((ties == 0).sum(), 3)
+
+    def test_compression_scores_each_setting_alone_and_restores(self):
+        model, tok = little_llama(torch.float32), words()
+        before = flat(model.parameters()).clone()
+        metrics = relearn.compress(model, tok, self.questions, relearn_args(quantize=[8, 2], prune=[90]))
+        self.assertTrue(torch.equal(before, flat(model.parameters())))
+        self.assertEqual([evaluate.budget_name(b) for b in metrics["budgets"]], ["8bit", "2bit", "prune90"])
+        copy = little_llama(torch.float32)
+        for name, m in copy.named_modules():
+            if isinstance(m, torch.nn.Linear) and name != "lm_head":
+                relearn.prune_(m.weight, 90)
+        want = evaluate.ue_ut(copy, tok, self.questions)
+        self.assertEqual({k: metrics["budgets"][2][k] for k in ("UE", "UT")}, want)
+
+    def test_worst_case_is_the_lowest_ue_whose_ut_holds(self):
+        budget = lambda lr, ue, ut, n=20: {"samples": n, "epochs": 1, "lr": lr, "UE": ue, "UT": ut}
+        metrics = {"start": {"UE": 0.75, "UT": 0.9}, "budgets": [
+            budget(1, 0.6, 0.9), budget(2, 0.4, 0.86), budget(3, 0.2, 0.84), budget(1, 0.1, 0.1, 40)]}
+        self.assertEqual([(b["samples"], b["lr"], b["UE"]) for b in relearn.worst_case(metrics, 0.05)],
+                         [(20, 2, 0.4)])
+        self.assertEqual([b["lr"] for b in relearn.worst_case(metrics, 1)], [3, 1])
+
+    def test_columns_name_every_attack(self):
+        with tempfile.TemporaryDirectory() as folder:
+            for attack, budgets in (("", [{"samples": 20, "epochs": 3, "lr": 1}]), ("lora8", [
+                    {"samples": 20, "epochs": 1, "lr": 1}, {"samples": 20, "epochs": 1, "lr": 2}]),
+                    ("compress", [{"samples": 0, "epochs": 0, "quantize": 4}])):
+                budgets = [b | {"UE": 0.5, "UE_heldout": None, "UT": 0.9} for b in budgets]
+                evaluate.write_json(f"{folder}/relearn{'_' * bool(attack)}{attack}.json",
+                                    {"args": {"attack": attack}, "metrics": {"budgets": budgets}})
+            row = evaluate.columns(folder, {"UE": 0.7, "UT": 1.0, "attack": {
+                "gcg": {"UE": 0.6, "UE_heldout": 0.61, "UE_teacher": 0.1}}})
+        self.assertEqual([k for k in row if k.startswith("UE ")],
+                         ["UE 20x3", "UE compress 4bit", "UE lora8 20", "UE lora8 20@2", "UE prefix gcg"])
+        self.assertEqual(row["teacher's UE prefix gcg"], 0.1)
 
 
 # ---- data/tiny --------------------------------------------------------------------------------------------
@@ -2232,6 +2737,40 @@ class TestScripts(unittest.TestCase):
         status, out, err = self.here("evaluate.py", folder)
         self.assertEqual(status, 0, err)
         self.assertIn("ppl_forget", out)
+
+    def test_every_attack_is_one_command_and_ends_up_in_one_table(self):
+        _, folder = self.unlearned("attacked", "--steps", 3, "--no-relearn", "--sam_rho", 0)
+        few, source = ("--samples", 4, "--seeds", 1), "--attack_data"
+        for flags, file in ((("--curve_every", 1), "relearn"), ((source, "retain"), "relearn_retain"),
+                            (("--lora", 2, "--lr", 0.001, 0.01), "relearn_lora2"),
+                            (("--quantize", 8, "--prune", 50), "relearn_compress"),
+                            ((source, self.data / "retain.jsonl", "--lora", 1), "relearn_retain_lora1")):
+            status, _, err = self.here("relearn.py", folder, *few, *flags)
+            self.assertEqual(status, 0, err)
+            self.assertTrue((folder / f"{file}.json").is_file(), flags)
+        flags = (folder, "--attack", "prefix", "--attack_calls", 40, "--attack_length", 6, 8, "--sharpness",
+                 "own", "--sharpness_rows", 8, "--sharpness_steps", 3, "--sharpness_probes", 2)
+        status, out, err = self.here("evaluate.py", *flags)
+        self.assertEqual(status, 0, err)
+        metrics = json.loads((folder / "evaluate.json").read_text())["metrics"]
+        search = json.loads((folder / "attack_gcg+.json").read_text())
+        self.assertEqual(metrics["attack"]["gcg+"], search["metrics"])
+        self.assertEqual(search["args"]["teacher"], evaluate.load_result(folder)["args"]["model"])
+        self.assertIn(f"{metrics['sharpness']['own']['rise']:.3f}", out)
+        for title in ("UE after relearning", "UE lora2", "UE retain", "UE compress", "UE prefix"):
+            self.assertIn(f"\n{title}\n", out)
+        stamp = (folder / "evaluate.json").stat().st_mtime_ns
+        again = self.here("evaluate.py", *flags)[1]
+        self.assertEqual((again, (folder / "evaluate.json").stat().st_mtime_ns), (out, stamp))  # nothing anew
+        for script, flags, said in (("relearn.py", ("--quantize", 4, "--lora", 2), "--lora"),
+                                    ("relearn.py", ("--prune", 101), "101"),
+                                    ("relearn.py", ("--attack_data", "no.jsonl"), "no.jsonl"),
+                                    ("evaluate.py", ("--attack", "prefix"), "--overwrite"),
+                                    ("evaluate.py", ("--attack", "suffix"), "suffix")):
+            status, _, err = self.here(script, folder, *flags)
+            message = [line for line in err.splitlines() if line.startswith("error: ")]
+            self.assertEqual((status, len(message)), (2, 1), err)
+            self.assertIn(said, message[0])
 
     def test_bad_input_is_one_line_with_exit_status_2_and_overwrites_nothing(self):
         data = self.tmp / "bad"

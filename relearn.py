@@ -240,6 +240,8 @@ def parse_args(argv=None):
     for name, fallback in (("data", None), ("seed", 0), ("max_len", 0)):
         if getattr(args, name) is None:
             setattr(args, name, ran.get(name, fallback))
+    if args.data is None:
+        raise InputError(f"{args.run} is a plain model and names no data: add --data FOLDER")
     args.param_dtype = ran.get("param_dtype", "float32")
     return args
 

@@ -23,7 +23,7 @@ import evaluate, relearn
 from evaluate import (IGNORE, InputError, collate, context_of, encode, encode_rows, load_model, logits_of,
                       make_parser, number, one_line_errors, provenance, read_jsonl, show, text_row,
                       token_logps, write_json)
-from sam import CR, GP, RS, SAM, WA, accumulator, plain
+from sam import CR, GP, RS, SAM, WA, accumulator, kernel_file, operations, plain
 
 TINY = Path(__file__).resolve().parent / "data" / "tiny"
 # Shapes: B samples, T tokens, V vocabulary, D width.
@@ -200,13 +200,13 @@ def make_smoother(args, named):
     if base == "sam":
         return SAM(params, args.sam_rho,
                    perturb=[p for _, p in matching(named, "sam_modules", args.sam_modules)],
-                   flip=args.sam_flip)
+                   flip=args.sam_flip, triton=args.triton)
     if base == "rs":
-        return RS(params, args.rs_sigma, args.rs_samples, args.seed)
+        return RS(params, args.rs_sigma, args.rs_samples, args.seed, args.triton)
     if base == "gp":
-        return GP(params, args.gp_lambda, args.gp_radius)
+        return GP(params, args.gp_lambda, args.gp_radius, args.triton)
     if base == "cr":
-        return CR(params, args.cr_lambda, args.cr_mu)
+        return CR(params, args.cr_lambda, args.cr_mu, triton=args.triton)
     return plain
 
 
@@ -248,6 +248,10 @@ def parse_args(argv=None):
     p.add_argument("--overwrite", action=flag, default=False, help="replace OUT when it exists")
     p.add_argument("--param_dtype", choices=["float32", "bfloat16"], default="float32",
                    help="of the weights; bfloat16 halves memory and swallows most of a small perturbation")
+    p.add_argument("--triton", action=flag, default=None,
+                   help="SAM, noise, averages and AdamW by kernels/ (default: when the weights are on a GPU)")
+    p.add_argument("--stochastic_rounding", action=flag, default=False,
+                   help="of the weights, for --param_dtype bfloat16, which else swallows small steps")
     # the objective; "7B" is what the paper used for Zephyr-7B on WMDP-Bio
     p.add_argument("--loss", choices=["npo", "graddiff", "ga", "simnpo", "dpo", "rmu"], default="npo",
                    help="on the forget set; ga has no retain term, dpo needs rows with prompt and completion")
@@ -305,6 +309,8 @@ def parse_args(argv=None):
                    help="attack the result with relearn.py's defaults")
     args = p.parse_args(argv)
 
+    if args.stochastic_rounding and args.param_dtype != "bfloat16":
+        raise InputError(f"--stochastic_rounding: {args.param_dtype} needs none; add --param_dtype bfloat16")
     base, averaged = parse_smooth(args.smooth)
     if base == "sam" and args.sam_rho == 0:                      # a radius of 0 is no smoother: say what runs
         base, args.smooth = "none", "wa" if averaged else "none"
@@ -354,6 +360,14 @@ if __name__ == "__main__":
             raise InputError(
                 f"--stop_ue {args.stop_ue}: needs {folder / 'mcq_forget.jsonl'}, which is missing")
         model, tokenizer = load_model(args.model, args.device, getattr(torch, args.param_dtype))
+        try:
+            ops, why = operations(list(model.parameters()), args.triton)
+            args.triton = ops.__name__ != "torch"
+            adamw = kernel_file("adamw") if args.triton or args.stochastic_rounding else None
+        except (ValueError, ImportError, FileNotFoundError) as e:
+            raise InputError(f"--triton {args.triton} --stochastic_rounding {args.stochastic_rounding}: {e}; "
+                             "mend this or use --no-triton")
+        print(f"the weights are moved by {'Triton kernels' if args.triton else 'torch'}: {why}")
         context, pad = context_of(model), tokenizer.pad_token_id or 0
         forget = encode_rows(tokenizer, forget_rows, context, args.max_len)
         retain = encode_rows(tokenizer, retain_rows, context, args.max_len)
@@ -394,9 +408,14 @@ if __name__ == "__main__":
         model.requires_grad_(False)
         for p in params:
             p.requires_grad_(True)
-        smoother, average = make_smoother(args, named), WA(params) if parse_smooth(args.smooth)[1] else None
+        smoother = make_smoother(args, named)
+        average = WA(params, args.triton) if parse_smooth(args.smooth)[1] else None
         radius = {SAM: args.sam_rho, GP: args.gp_radius, CR: args.cr_mu}.get(type(smoother))
-        optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay)
+        if adamw:
+            optimizer = adamw.AdamW(params, args.lr, weight_decay=args.weight_decay, seed=args.seed,
+                                    stochastic_rounding=args.stochastic_rounding, triton=args.triton)
+        else:
+            optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay)
 
         # -- the loop
         forget_picks, retain_picks = (shuffled(len(s), args.batch_size, rng) for s in (forget, retain))

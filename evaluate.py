@@ -886,7 +886,7 @@ def attack_prefix(run, done, args):
     # -- the search
     weights, best = torch.tensor(how["weights"], device=device), state["best"]
     other = teacher if weights[1] else None
-    each, every = 1 + bool(other), args.attack_every or max(1, args.attack_calls // 20)
+    each, every = 1 + bool(other), max(1, args.attack_calls // 20)           # calls between points and saves
     bar = tqdm(total=args.attack_calls, initial=state["calls"], desc=args.attack_method, unit="call")
     while state["calls"] < args.attack_calls:
         rng, before = random.Random(f"{args.attack_seed} {state['iteration']}"), state["calls"]
@@ -1409,8 +1409,6 @@ if __name__ == "__main__":
     parser.add_argument("--attack_topk", type=some, default=64, help="tokens considered at each place")
     parser.add_argument("--attack_answer", type=some, default=10,
                         help="tokens of the answer; at most the longest choice's where choices are answers")
-    parser.add_argument("--attack_every", type=number(int, 0), default=0,
-                        help="calls between UE on the curve and saves (0: a twentieth of the budget)")
     parser.add_argument("--attack_seed", type=number(int, 0), default=0, help="of questions and search")
     parser.add_argument("--teacher", default=None,
                         help="the model before unlearning (default: the run's --model)")

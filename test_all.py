@@ -2054,7 +2054,7 @@ class TestPrefix(unittest.TestCase):
             "data": None, "device": "cpu", "teacher": None, "overwrite": False, "attack_method": "gcg+",
             "attack_weights": None, "attack_moves": None, "attack_buffer": None, "attack_calls": 300,
             "attack_questions": 2, "attack_length": [4, 7], "attack_candidates": 4, "attack_topk": 8,
-            "attack_answer": 3, "attack_every": 60, "attack_seed": 0, **more})
+            "attack_answer": 3, "attack_seed": 0, **more})
 
     def search(self, **more):
         metrics = evaluate.attack_prefix(self.folder / "victim", self.done, self.args(**more))
@@ -2157,7 +2157,7 @@ class TestPrefix(unittest.TestCase):
         write, count = evaluate.write_json, itertools.count()
 
         def fails_later(path, value):
-            if next(count) == 2:
+            if next(count) == 9:
                 raise KeyboardInterrupt
             write(path, value)
         with mock.patch.object(evaluate, "write_json", fails_later), self.assertRaises(KeyboardInterrupt):

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,7 +29,8 @@ from sam import accumulator
 IGNORE = -100                                # the label of a token that no loss looks at: prompt and padding
 LETTERS = ("The following are multiple choice questions (with answers) about {subject}.\n\n{question}\n"
            "A. {0}\nB. {1}\nC. {2}\nD. {3}\nAnswer:")      # the prompt of lm-evaluation-harness, 0-shot
-# Shapes: B samples, T tokens, V vocabulary. unlearn.py and relearn.py read data and models with this file.
+CHUNK = 2**24                                # most logits held at once where more rows can wait: 64 MB in fp32
+# Shapes: B samples, T tokens, V vocabulary, D width. unlearn.py and relearn.py read data and models here.
 
 
 # ---- input and output -------------------------------------------------------------------------------------
@@ -168,7 +170,7 @@ def show(value):
 
 def context_of(model):
     """The longest sequence in tokens that the model takes, 0 if its config does not say."""
-    return getattr(model.config, "max_position_embeddings", None) or 0
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
 
 
 def encode(tokenizer, triples, context, max_len=0):
@@ -212,15 +214,78 @@ def collate(samples, pad, device="cpu"):
 
 def logits_of(model, batch):
     """(B, T-1, V): position t predicts token t+1."""
-    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+                 use_cache=False).logits[:, :-1]
+
+
+def with_head(model, batch, f, **more):
+    """The model's output with f(hidden (B, T, D), output layer) in the place of the output layer's logits.
+
+    The model's own forward runs, so what hangs on it (FSDP gathers weights there) works as ever.
+    """
+    head = model.get_output_embeddings()
+    layer = head.forward
+    head.forward = lambda hidden: f(hidden, layer)
+    try:
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False,
+                     **more)
+    finally:
+        del head.forward                     # the class's own again
+
+
+def alters_logits(model):
+    """Does the model scale or soft-cap its logits behind the output layer? Tried once, on one token."""
+    if not hasattr(model, "logits_altered"):
+        token, seen = torch.ones(1, 1, dtype=torch.int64, device=model.device), []
+        with torch.no_grad():
+            out = with_head(model, {"input_ids": token, "attention_mask": token},
+                            lambda hidden, _: seen.append(hidden) or hidden).logits
+        model.logits_altered = not torch.equal(out.to(seen[0].dtype), seen[0])
+        if model.logits_altered:
+            print(f"{type(model).__name__} changes its logits behind the output layer, so the loss needs all of "
+                  "them at once: memory grows with tokens x vocabulary (--micro_batch bounds it)", file=sys.stderr)
+    return model.logits_altered
+
+
+def chunk_rows(model, batch):
+    """How many rows of V logits are CHUNK values; 0 if the batch has no more rows than that."""
+    rows = max(1, CHUNK // model.config.get_text_config().vocab_size)
+    return rows if batch["input_ids"].numel() > rows else 0
+
+
+def over_labels(model, batch, size, f, *rows):
+    """f(logits (n, V), part of each of rows) -> (n,) or (1,) of every `size` label positions, concatenated.
+
+    The backward pass computes a part's logits again, so that no more than one part of them exists at a time.
+    """
+    mask, again = batch["labels"][:, 1:] != IGNORE, {"use_reentrant": False, "preserve_rng_state": False}
+
+    def score(hidden, layer):                                                    # hidden: (B, T, D)
+        parts = zip(*(r.split(size) for r in (hidden[:, :-1][mask], *rows)))
+        return torch.cat([checkpoint(lambda h, *r: f(layer(h), *r), *part, **again) for part in parts])
+    return with_head(model, batch, score).logits
 
 
 def token_logps(model, batch):
     """log p(token t+1 | tokens to t) for every label, 0 where there is none; and the mask. Both (B, T-1)."""
-    logits, labels = logits_of(model, batch), batch["labels"][:, 1:]
-    logits = logits.to(accumulator(logits.dtype))        # (B, T-1, V): log-softmax in bf16 loses three digits
-    nll = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
-    return -nll, labels != IGNORE
+    labels, size = batch["labels"][:, 1:], chunk_rows(model, batch)
+    mask = labels != IGNORE
+
+    def nll_of(logits, labels):                          # (B, V, ...): log-softmax in bf16 loses three digits
+        logits = logits.to(accumulator(logits.dtype))
+        return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+    if size and not alters_logits(model):
+        nll = over_labels(model, batch, size, nll_of, labels[mask])                                # (labels,)
+        return torch.zeros_like(mask, dtype=nll.dtype).masked_scatter(mask, -nll), mask
+    return -nll_of(logits_of(model, batch).transpose(1, 2), labels), mask
+
+
+def label_logits(model, batch):
+    """(labels, V): the logits that predict a label, sample after sample; in large batches no others."""
+    mask = batch["labels"][:, 1:] != IGNORE
+    if not chunk_rows(model, batch):
+        return logits_of(model, batch)[mask]
+    return with_head(model, batch, lambda hidden, layer: layer(hidden[:, :-1][mask])).logits
 
 
 # ---- questions --------------------------------------------------------------------------------------------
@@ -286,11 +351,11 @@ def choice_logps(model, tokenizer, rows, prompt=None, batch=64):
     jobs.sort(key=lambda job: len(job[0][0]))
     for i in range(0, len(jobs), batch):
         x = collate([job[0] for job in jobs[i:i + batch]], tokenizer.pad_token_id or 0, model.device)
-        logits, labels = logits_of(model, x), x["labels"][:, 1:]                       # (B, T-1, V), (B, T-1)
+        labels = x["labels"][:, 1:]
+        logits = label_logits(model, x).split((labels != IGNORE).sum(1).tolist())        # (answer tokens, V) each
         for row, (_, q, choice, four) in enumerate(jobs[i:i + batch]):
-            here = labels[row] != IGNORE
-            logps = logits[row, here].to(accumulator(logits.dtype)).log_softmax(-1)       # (answer tokens, V)
-            logps = logps[0, four] if four else logps.gather(-1, labels[row, here, None]).sum()
+            logps = logits[row].to(accumulator(logits[row].dtype)).log_softmax(-1)
+            logps = logps[0, four] if four else logps.gather(-1, labels[row][labels[row] != IGNORE, None]).sum()
             out[q, choice] = logps.double().cpu()
     return out
 
@@ -327,7 +392,8 @@ def open_accuracy(model, tokenizer, rows, prompt, batch=64):
     for i in range(0, len(samples), batch):
         x = collate(samples[i:i + batch], tokenizer.pad_token_id or 0, model.device)
         labels = x["labels"][:, 1:]
-        right += ((logits_of(model, x).argmax(-1) == labels) | (labels == IGNORE)).all(1).sum().item()
+        hits = label_logits(model, x).argmax(-1) == labels[labels != IGNORE]
+        right += sum(h.all().item() for h in hits.split((labels != IGNORE).sum(1).tolist()))
     return right / len(rows)
 
 

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import evaluate, relearn
-from evaluate import (IGNORE, InputError, collate, context_of, encode, encode_rows, load_model, logits_of,
-                      make_parser, number, one_line_errors, provenance, read_jsonl, show, text_row,
-                      token_logps, write_json)
+from evaluate import (IGNORE, InputError, alters_logits, chunk_rows, collate, context_of, encode, encode_rows,
+                      load_model, logits_of, make_parser, number, one_line_errors, over_labels, provenance,
+                      read_jsonl, show, text_row, token_logps, with_head, write_json)
 from sam import CR, GP, RS, SAM, WA, accumulator, plain
 
 TINY = Path(__file__).resolve().parent / "data" / "tiny"
@@ -103,19 +103,24 @@ def forget_loss(name, logps, ref=None, beta=0.1, margin=0.0, chosen=None, chosen
 
 def kl_sum(model, frozen, batch):
     """Sum over the labelled tokens of KL(frozen || model) over the whole vocabulary; the caller divides."""
-    mask = batch["labels"][:, 1:] != IGNORE                                                         # (B, T-1)
+    mask, size = batch["labels"][:, 1:] != IGNORE, chunk_rows(model, batch)                         # (B, T-1)
+
+    def kl(p, q):                                                                                # (labels, V)
+        p, q = (x.to(accumulator(x.dtype)).log_softmax(-1) for x in (p, q))
+        return F.kl_div(p, q, log_target=True, reduction="sum").reshape(1)
+    if size and not alters_logits(model):
+        with torch.no_grad():
+            hidden = with_head(frozen, batch, lambda h, _: h[:, :-1][mask]).logits               # (labels, D)
+        head = frozen.get_output_embeddings()
+        return over_labels(model, batch, size, lambda p, h: kl(p, head(h)), hidden).sum()
     with torch.no_grad():
-        q = logits_of(frozen, batch)[mask]                                                       # (labels, V)
-    p = logits_of(model, batch)[mask]
-    p, q = (x.to(accumulator(x.dtype)).log_softmax(-1) for x in (p, q))
-    return F.kl_div(p, q, log_target=True, reduction="sum")
+        q = logits_of(frozen, batch)[mask]
+    return kl(logits_of(model, batch)[mask], q).sum()
 
 
 def hidden_states(model, batch, layer):
     """(B, T, D) output of decoder layer `layer`, counted from 0."""
-    out = model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                           output_hidden_states=True, use_cache=False)
-    return out.hidden_states[layer + 1]
+    return with_head(model, batch, lambda hidden, _: hidden, output_hidden_states=True).hidden_states[layer + 1]
 
 
 def distance_sum(hidden, goal, batch):

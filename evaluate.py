@@ -11,7 +11,7 @@ Multiple choice alone overstates forgetting (arXiv 2510.07626), so open question
 whose answer is, token for token, what the model says greedily. UE = 1 - accuracy on mcq_forget, UT = accuracy
 on mcq_retain.
 """
-import argparse, json, math, os, resource, subprocess, sys, time
+import argparse, atexit, functools, json, math, os, resource, subprocess, sys, time
 from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,8 +45,14 @@ def one_line_errors():
     try:
         yield
     except InputError as e:
-        print("error: " + " ".join(str(e).split()), file=sys.stderr)
+        warn("error: " + " ".join(str(e).split()))
         sys.exit(2)
+
+
+def warn(line):
+    """Print a line on stderr, above a progress bar, from the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(line, file=sys.stderr)
 
 
 def make_parser(doc):
@@ -55,7 +61,7 @@ def make_parser(doc):
                                      allow_abbrev=False)
 
     def error(message):
-        print(f"error: {message} (--help lists every flag)", file=sys.stderr)
+        warn(f"error: {message} (--help lists every flag)")
         sys.exit(2)
     parser.error = error
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,7 +70,9 @@ def make_parser(doc):
 
 
 def usable_device(text):
-    """argparse type: the name of a device that can hold a tensor here."""
+    """argparse type: the name of a device that can hold a tensor here; cuda is this process's own GPU."""
+    if text == "cuda" and "LOCAL_RANK" in os.environ:
+        text += ":" + os.environ["LOCAL_RANK"]
     try:
         torch.zeros(1, device=text)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
@@ -130,6 +138,8 @@ def text_row(row):
 
 def write_json(path, value):
     """Write JSON under a temporary name and rename it, so that a reader never sees half a file."""
+    if processes()[0] > 0:
+        return
     tmp = Path(f"{path}.tmp{os.getpid()}")
     tmp.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     tmp.replace(path)
@@ -141,22 +151,37 @@ def provenance(device, start):
                          capture_output=True, text=True)
     cuda = torch.device(device).type == "cuda"
     ram = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    peak = torch.cuda.max_memory_allocated() if cuda else ram
+    peak = torch.cuda.max_memory_allocated(device) if cuda else ram
     versions = {m.__name__: m.__version__ for m in (torch, transformers)} | {"python": sys.version.split()[0]}
     return {"versions": versions, "commit": git.stdout.strip() or None, "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name() if cuda else str(device),
+            "device": torch.cuda.get_device_name(device) if cuda else str(device),
+            "processes": processes()[1],
             "seconds": round(time.time() - start, 2), "peak_gb": round(peak / 1e9, 3)}
 
 
 def load_model(name, device="cpu", dtype=torch.float32):
-    """(model, tokenizer) of a local folder or hub name. safetensors only, no remote code, dropout off."""
+    """(model, tokenizer) of a local folder or hub name. safetensors only, no remote code, dropout off.
+
+    Under torchrun every process keeps its part of the weights; the processes of a machine load one after the
+    other, so that its memory holds one whole model at a time.
+    """
     if not Path(name).is_dir() and str(name).count("/") != 1:
         raise InputError(f"model {name}: neither a folder here nor a hub name ORG/NAME")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as e:
-        raise InputError(f"model {name} does not load: {e}")
+    together = processes()[1] > 1
+    for turn in range(int(os.environ["LOCAL_WORLD_SIZE"]) if together else 1):
+        if not together or turn == int(os.environ["LOCAL_RANK"]):
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(name)
+                model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
+            except (OSError, ValueError) as e:
+                raise InputError(f"model {name} does not load: {e}")
+            if together:
+                shard(model, device)
+        barrier()
+    rows = model.get_input_embeddings().num_embeddings
+    if (tokenizer.pad_token_id or 0) >= rows:
+        raise InputError(f"model {name}: its pad token {tokenizer.pad_token!r} has the id {tokenizer.pad_token_id}, "
+                         f"but the model has {rows} embeddings; set pad_token to null in tokenizer_config.json")
     # eval mode: with dropout the two passes of SAM, and the cached reference, would see different networks
     return model.to(device).eval(), tokenizer
 
@@ -164,6 +189,87 @@ def load_model(name, device="cpu", dtype=torch.float32):
 def show(value):
     """A metric with three digits, or a dash for one that the data does not allow."""
     return "-" if value is None else f"{value:.3f}"
+
+
+# ---- several processes (torchrun) -------------------------------------------------------------------------
+
+def processes():
+    """(rank of this process, how many there are): (0, 1) unless torchrun started several."""
+    dist = torch.distributed
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def join_processes(device):
+    """Make the processes of torchrun one group: NCCL between GPUs, gloo on CPU. Only the first one prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or torch.distributed.is_initialized():
+        return
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
+    atexit.register(torch.distributed.destroy_process_group)
+    if processes()[0] > 0:
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+
+
+def barrier():
+    """Wait until every process is here."""
+    if processes()[1] > 1:
+        torch.distributed.barrier()
+
+
+def blocks(model):
+    """The decoder layers: the parts that transformers says must not be split."""
+    names = model._no_split_modules or ()
+    return [m for m in model.modules() if type(m).__name__.removeprefix("FSDP") in names]
+
+
+def shard(model, device):
+    """Spread the weights over the processes with FSDP2, which gathers a block when it runs; gradients add up."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    mesh = init_device_mesh(torch.device(device).type, (processes()[1],))
+    for module in [*blocks(model), model]:   # the last one takes what no block has: embeddings, output layer
+        # True for the model as well: weights that stay gathered would not see a later change of theirs
+        fully_shard(module, mesh=mesh, reshard_after_forward=True,
+                    mp_policy=MixedPrecisionPolicy(reduce_dtype=accumulator(model.dtype)))
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def whole(t):
+    """All of a sharded tensor, gathered in every process at once; any other tensor as it is."""
+    return (t.full_tensor() if hasattr(t, "full_tensor") else t).detach()
+
+
+def own_part(items):
+    """(this process's part of a list, 1); of a list too short for all ([its first], 0), to count as nothing,
+    because a sharded model runs only when it runs in every process."""
+    rank, count = processes()
+    return (items[rank::count], 1) if rank < len(items) else (items[:1], 0)
+
+
+def all_sum(value, device):
+    """The sum of a number or tensor over all processes; for one process the value itself."""
+    if processes()[1] > 1:
+        value = torch.as_tensor(value, device=device).clone()
+        torch.distributed.all_reduce(value)
+    return value
+
+
+def in_turns(batches):
+    """(index, batch) of every count-th batch; a process short of one does the last again: see own_part."""
+    rank, count = processes()
+    for i in range(rank, -(-len(batches) // count) * count, count):
+        yield min(i, len(batches) - 1), batches[min(i, len(batches) - 1)]
+
+
+def all_max(values, device):
+    """Elementwise maximum over all processes, each of which filled in its part of a tensor of -inf."""
+    if processes()[1] > 1:
+        values = values.to(device)
+        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
+    return values.cpu()
 
 
 # ---- samples and log-probabilities ------------------------------------------------------------------------
@@ -242,8 +348,8 @@ def alters_logits(model):
                             lambda hidden, _: seen.append(hidden) or hidden).logits
         model.logits_altered = not torch.equal(out.to(seen[0].dtype), seen[0])
         if model.logits_altered:
-            print(f"{type(model).__name__} changes its logits behind the output layer, so the loss needs all of "
-                  "them at once: memory grows with tokens x vocabulary (--micro_batch bounds it)", file=sys.stderr)
+            warn(f"{type(model).__name__} changes its logits behind the output layer, so the loss needs all of "
+                 "them at once: memory grows with tokens x vocabulary (--micro_batch bounds it)")
     return model.logits_altered
 
 
@@ -337,7 +443,7 @@ def choice_logps(model, tokenizer, rows, prompt=None, batch=64):
 
     One forward pass a question where the four choices are one token each, else one a choice; by length.
     """
-    out, jobs = torch.zeros(len(rows), 4, dtype=torch.float64), []
+    out, jobs = torch.full((len(rows), 4), -math.inf, dtype=torch.float64), []
     asked = [(start, choice, row["where"]) for row in rows for start, choices in [ask(row, prompt)]
              for choice in choices]
     samples = encode(tokenizer, asked, context_of(model))
@@ -349,15 +455,15 @@ def choice_logps(model, tokenizer, rows, prompt=None, batch=64):
         else:
             jobs += [(e, q, c, None) for c, e in enumerate(encoded)]
     jobs.sort(key=lambda job: len(job[0][0]))
-    for i in range(0, len(jobs), batch):
-        x = collate([job[0] for job in jobs[i:i + batch]], tokenizer.pad_token_id or 0, model.device)
+    for _, part in in_turns([jobs[i:i + batch] for i in range(0, len(jobs), batch)]):
+        x = collate([job[0] for job in part], tokenizer.pad_token_id or 0, model.device)
         labels = x["labels"][:, 1:]
         logits = label_logits(model, x).split((labels != IGNORE).sum(1).tolist())        # (answer tokens, V) each
-        for row, (_, q, choice, four) in enumerate(jobs[i:i + batch]):
+        for row, (_, q, choice, four) in enumerate(part):
             logps = logits[row].to(accumulator(logits[row].dtype)).log_softmax(-1)
             logps = logps[0, four] if four else logps.gather(-1, labels[row][labels[row] != IGNORE, None]).sum()
             out[q, choice] = logps.double().cpu()
-    return out
+    return all_max(out, model.device)
 
 
 def correct(model, tokenizer, rows, prompt=None):
@@ -388,25 +494,29 @@ def open_accuracy(model, tokenizer, rows, prompt, batch=64):
     """
     asked = [(start, choices[row["answer"]], row["where"]) for row in rows
              for start, choices in [ask(row, prompt)]]
-    samples, right = encode(tokenizer, asked, context_of(model)), 0
-    for i in range(0, len(samples), batch):
-        x = collate(samples[i:i + batch], tokenizer.pad_token_id or 0, model.device)
+    samples = encode(tokenizer, asked, context_of(model))
+    batches = [samples[i:i + batch] for i in range(0, len(samples), batch)]
+    right = torch.full((len(batches),), -math.inf)
+    for i, part in in_turns(batches):
+        x = collate(part, tokenizer.pad_token_id or 0, model.device)
         labels = x["labels"][:, 1:]
         hits = label_logits(model, x).argmax(-1) == labels[labels != IGNORE]
-        right += sum(h.all().item() for h in hits.split((labels != IGNORE).sum(1).tolist()))
-    return right / len(rows)
+        right[i] = sum(h.all().item() for h in hits.split((labels != IGNORE).sum(1).tolist()))
+    return all_max(right, model.device).sum().item() / len(rows)
 
 
 @torch.no_grad()
 def perplexity(model, tokenizer, rows, limit, batch=64):
     """exp(mean negative log-probability of a label) over at most `limit` rows, evenly spaced in the file."""
     rows = rows[::math.ceil(len(rows) / limit)]
-    samples, total, count = encode_rows(tokenizer, rows, 0, context_of(model)), 0.0, 0
-    for i in range(0, len(samples), batch):
-        x = collate(samples[i:i + batch], tokenizer.pad_token_id or 0, model.device)
-        logps, mask = token_logps(model, x)
-        total, count = total - logps.double().sum().item(), count + mask.sum().item()
-    return math.exp(min(total / count, 700.0))       # an unlearned model can pass fp64's largest exponent
+    samples = encode_rows(tokenizer, rows, 0, context_of(model))
+    batches = [samples[i:i + batch] for i in range(0, len(samples), batch)]
+    sums = torch.full((len(batches), 2), -math.inf, dtype=torch.float64)       # log-probability, labels
+    for i, part in in_turns(batches):
+        logps, mask = token_logps(model, collate(part, tokenizer.pad_token_id or 0, model.device))
+        sums[i, 0], sums[i, 1] = logps.double().sum(), mask.sum()
+    total, count = all_max(sums, model.device).sum(0).tolist()
+    return math.exp(min(-total / count, 700.0))      # an unlearned model can pass fp64's largest exponent
 
 
 # ---- statistics -------------------------------------------------------------------------------------------
@@ -536,6 +646,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
 
     with one_line_errors():
+        join_processes(args.device)
         groups, names = defaultdict(dict), {}         # settings -> {seed: {column: number}}, settings -> name
         for run in tqdm(args.runs, desc="scoring", unit="run", disable=len(args.runs) < 2):
             done, metrics = score(run, args)

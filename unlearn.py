@@ -12,7 +12,7 @@ OUT/model.safetensors, OUT/config.json, the tokenizer, OUT/result.json (args, me
 OUT/relearn.json. Next: relearn.py attacks the result with other budgets, evaluate.py compares runs. UE = 1 -
 accuracy on questions about the forget set (four choices: .75 is chance), UT = accuracy on the rest.
 """
-import argparse, copy, math, os, random, re, shutil, subprocess, sys, time
+import argparse, math, os, random, re, shutil, subprocess, sys, time
 from pathlib import Path
 
 import torch
@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import evaluate, relearn
-from evaluate import (IGNORE, InputError, alters_logits, chunk_rows, collate, context_of, encode, encode_rows,
-                      load_model, logits_of, make_parser, number, one_line_errors, over_labels, provenance,
-                      read_jsonl, show, text_row, token_logps, with_head, write_json)
+from evaluate import (IGNORE, InputError, all_max, all_sum, alters_logits, barrier, blocks, chunk_rows, collate,
+                      context_of, encode, encode_rows, in_turns, join_processes, load_model, logits_of,
+                      make_parser, number, one_line_errors, over_labels, own_part, processes, provenance,
+                      read_jsonl, show, text_row, token_logps, warn, whole, with_head, write_json)
 from sam import CR, GP, RS, SAM, WA, accumulator, plain
 
 TINY = Path(__file__).resolve().parent / "data" / "tiny"
@@ -38,20 +39,27 @@ def resolve_data(data, seed):
             raise InputError(f"--data {data}: no such folder (data/README.md has the formats)")
         return Path(data)
     folder = Path(os.path.relpath(TINY / f"seed{seed}"))
-    if not (folder / "target" / "result.json").exists():
+    if processes()[0] == 0 and not (folder / "target" / "result.json").exists():
         subprocess.run([sys.executable, str(TINY / "prepare.py"), "--seed", str(seed)], check=True)
+    barrier()
     return folder
 
 
 def save_run(out, model, tokenizer, result):
     """Write a whole run folder under a temporary name, then put it in the place of `out`."""
-    tmp = out.with_name(f"{out.name}.tmp{os.getpid()}")
-    model.save_pretrained(tmp)
-    tokenizer.save_pretrained(tmp)
-    write_json(tmp / "result.json", result)
-    if out.exists():
-        shutil.rmtree(out)
-    tmp.rename(out)
+    tmp, gathered = out.with_name(f"{out.name}.tmp{os.getpid()}"), {}
+    for p in model.state_dict(keep_vars=True).values() if processes()[1] > 1 else ():
+        if id(p) not in gathered:            # tied weights once; all processes gather, the first one keeps
+            gathered[id(p)] = whole(p).cpu() if processes()[0] == 0 else whole(p).new_empty(0)
+    if processes()[0] == 0:
+        weights = {n: gathered[id(p)] for n, p in model.state_dict(keep_vars=True).items()} if gathered else None
+        model.save_pretrained(tmp, state_dict=weights)
+        tokenizer.save_pretrained(tmp)
+        write_json(tmp / "result.json", result)
+        if out.exists():
+            shutil.rmtree(out)
+        tmp.rename(out)
+    barrier()
 
 
 def shuffled(n, size, rng):
@@ -65,12 +73,14 @@ def shuffled(n, size, rng):
 
 
 def micro_batches(samples, picks, size, pad, device, ref=None):
-    """The picked samples, collated in batches of at most `size`; each carries its part of ref (N,)."""
+    """This process's part of the picked samples, collated in batches of at most `size` over all processes; each
+    carries its part of ref (N,) and a weight: 0 if it only stands in, see evaluate.own_part."""
     out = []
     for i in range(0, len(picks), size):
-        out.append(collate([samples[j] for j in picks[i:i + size]], pad, device))
+        part, weight = own_part(picks[i:i + size])
+        out.append(collate([samples[j] for j in part], pad, device) | {"weight": weight})
         if ref is not None:
-            out[-1]["ref"] = ref[picks[i:i + size]].to(device)                                         # (B,)
+            out[-1]["ref"] = ref[part].to(device)                                                      # (B,)
     return out
 
 
@@ -133,7 +143,8 @@ def forget_backward(model, micro, chosen, args, goal=None):
     """Forward and backward of the whole forget batch, added to p.grad; returns its loss (0-dim). `micro` is a
     list of micro-batches, `chosen` their preferred answers (dpo only). Each is divided by the count of the
     whole batch, so the split changes nothing."""
-    count = sum(b["attention_mask"].sum() if args.loss == "rmu" else len(b["labels"]) for b in micro)
+    count = all_sum(sum(b["weight"] * (b["attention_mask"].sum() if args.loss == "rmu" else len(b["labels"]))
+                        for b in micro), model.device)
     total = 0.0
     for batch, other in zip(micro, chosen or [{}] * len(micro)):
         if args.loss == "rmu":
@@ -143,21 +154,22 @@ def forget_backward(model, micro, chosen, args, goal=None):
             other_logps = sample_logps(model, other, args.reduce) if other else None
             loss = forget_loss(args.loss, logps, batch.get("ref"), args.beta, args.margin, other_logps,
                                other.get("ref")).sum()
-        loss = loss / count
+        loss = loss * batch["weight"] / count
         loss.backward()
         total = total + loss.detach()
-    return total
+    return all_sum(total, model.device)
 
 
 def retain_backward(model, micro, args, frozen=None):
     """Forward and backward of the weighted retain loss, added to p.grad; returns it without the weight."""
     weight, total = args.gamma, 0.0
     if args.loss == "rmu":
-        weight, count = args.rmu_alpha, sum(b["attention_mask"].sum() for b in micro)
+        weight, counted = args.rmu_alpha, [b["attention_mask"] for b in micro]
     elif args.retain == "none":
         return total
     else:
-        count = sum((b["labels"][:, 1:] != IGNORE).sum() for b in micro)
+        counted = [b["labels"][:, 1:] != IGNORE for b in micro]
+    count = all_sum(sum(b["weight"] * c.sum() for b, c in zip(micro, counted)), model.device)
     for batch in micro:
         if args.loss == "rmu":
             with torch.no_grad():
@@ -167,18 +179,21 @@ def retain_backward(model, micro, args, frozen=None):
             loss = kl_sum(model, frozen, batch)
         else:
             loss = -token_logps(model, batch)[0].sum()                                                 # nll
-        loss = loss / count
+        loss = loss * batch["weight"] / count
         (weight * loss).backward()
         total = total + loss.detach()
-    return total
+    return all_sum(total, model.device)
 
 
 @torch.no_grad()
 def reference_logps(model, samples, args, pad):
     """(N,) log-probability of every sample under the model as it is now: kept instead of a second model."""
-    order = range(len(samples))
-    return torch.cat([sample_logps(model, batch, args.reduce).cpu() for batch in tqdm(
-        micro_batches(samples, order, args.micro_batch, pad, args.device), desc="reference", leave=False)])
+    out = torch.full((len(samples),), -math.inf, dtype=accumulator(model.dtype))
+    size, indices = args.micro_batch, list(range(len(samples)))
+    for _, picks in in_turns([indices[i:i + size] for i in tqdm(indices[::size], "reference", leave=False)]):
+        batch = collate([samples[j] for j in picks], pad, model.device)
+        out[picks] = sample_logps(model, batch, args.reduce).cpu()
+    return all_max(out, model.device)
 
 
 # ---- the pieces of a run ----------------------------------------------------------------------------------
@@ -343,6 +358,7 @@ if __name__ == "__main__":
     with one_line_errors():
         # -- setup
         args, start = parse_args(), time.time()
+        join_processes(args.device)
         folder, out = resolve_data(args.data, args.seed), Path(args.out)
         args.data = str(folder)
         args.model = args.model or (str(folder / "target") if folder.resolve().parent == TINY else None)
@@ -381,7 +397,9 @@ if __name__ == "__main__":
         if args.loss in ("npo", "dpo"):
             ref = reference_logps(model, forget, args, pad)
         if args.loss == "rmu" or args.retain == "kl":
-            frozen = copy.deepcopy(model).requires_grad_(False)    # the only two that need a second model
+            frozen = load_model(args.model, args.device, model.dtype)[0].requires_grad_(False)
+            if processes()[1] > 1:
+                frozen.set_reshard_after_forward(False, recurse=False)       # it never changes, and kl_sum needs it
         if args.loss == "rmu":
             depth = model.config.num_hidden_layers
             args.rmu_layer = depth * 7 // 32 if args.rmu_layer < 0 else args.rmu_layer
@@ -418,7 +436,7 @@ if __name__ == "__main__":
             # the smoothed forget gradient goes into p.grad, and the retain gradient at theta on top of it
             f_loss = smoother(lambda: forget_backward(model, f_micro, c_micro, args, goal))
             r_loss = retain_backward(model, r_micro, args, frozen)
-            norm = torch.nn.utils.clip_grad_norm_(params, args.clip or math.inf)
+            norm = whole(torch.nn.utils.clip_grad_norm_(params, args.clip or math.inf))
 
             values = {"forget": f_loss, "retain": r_loss, "grad_norm": norm, **getattr(smoother, "stats", {})}
             numbers = [torch.as_tensor(v, dtype=torch.float32, device=norm.device) for v in values.values()]
@@ -435,7 +453,7 @@ if __name__ == "__main__":
             if radius and not warning and point["norm"] > 0:
                 warning = precision_warning(point["applied_norm"], point["cosine"], radius, args.param_dtype)
                 if warning:
-                    tqdm.write(warning, file=sys.stderr)
+                    warn(warning)
             if args.eval_every and "mcq_forget" in questions and (step + 1) % args.eval_every == 0:
                 point["UE"] = evaluate.ue_ut(model, tokenizer, questions, only_forget=True)["UE"]
             curve.append(point)
@@ -444,7 +462,7 @@ if __name__ == "__main__":
             if args.stop_ue and point.get("UE", 0) >= args.stop_ue:
                 break
         if average and not average.count:
-            print(f"wa: stopped before step {args.wa_start}, so nothing was averaged", file=sys.stderr)
+            warn(f"wa: stopped before step {args.wa_start}, so nothing was averaged")
         if average:
             average.swap()                                    # the mean is what is scored, saved and attacked
 

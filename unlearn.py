@@ -12,19 +12,21 @@ OUT/model.safetensors, OUT/config.json, the tokenizer, OUT/result.json (args, me
 OUT/relearn.json. Next: relearn.py attacks the result with other budgets, evaluate.py compares runs. UE = 1 -
 accuracy on questions about the forget set (four choices: .75 is chance), UT = accuracy on the rest.
 """
-import argparse, math, os, random, re, shutil, subprocess, sys, time
+import argparse, functools, json, math, os, random, re, shutil, subprocess, sys, time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import evaluate, relearn
-from evaluate import (IGNORE, InputError, all_max, all_sum, alters_logits, barrier, blocks, chunk_rows, collate,
+from evaluate import (CHUNK, IGNORE, InputError, all_max, all_sum, alters_logits, barrier, blocks, chunk_rows, collate,
                       context_of, encode, encode_rows, in_turns, join_processes, load_model, logits_of,
                       make_parser, number, one_line_errors, over_labels, own_part, processes, provenance,
                       read_jsonl, show, text_row, token_logps, warn, whole, with_head, write_json)
-from sam import CR, GP, RS, SAM, WA, accumulator, plain
+from sam import CR, GP, RS, SAM, WA, accumulator, local, local_rows, plain
 
 TINY = Path(__file__).resolve().parent / "data" / "tiny"
 # Shapes: B samples, T tokens, V vocabulary, D width.
@@ -60,6 +62,30 @@ def save_run(out, model, tokenizer, result):
             shutil.rmtree(out)
         tmp.rename(out)
     barrier()
+
+
+def write_tensors(path, tensors, note):
+    """Write {name: tensor} and note (JSON) as one safetensors file, whole or not at all. Sharded tensors are
+    gathered and written one after the other, so that the largest is all the memory it takes."""
+    names = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+    header, end, first = {"__metadata__": {"note": json.dumps(note)}}, 0, processes()[0] == 0
+    for name, t in tensors.items():
+        size = t.numel() * t.element_size()
+        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [end, end + size]}
+        end += size
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+    tmp = Path(f"{path}.tmp{os.getpid()}")
+    with open(tmp if first else os.devnull, "wb") as f:
+        f.write(len(header).to_bytes(8, "little") + header)
+        for t in tensors.values():
+            t = whole(t)                                          # every process takes part
+            if first:
+                t.reshape(-1).view(torch.uint8).cpu().numpy().tofile(f)
+        f.flush()
+        if first:
+            os.fsync(f.fileno())
+            tmp.replace(path)
 
 
 def shuffled(n, size, rng):
@@ -130,7 +156,8 @@ def kl_sum(model, frozen, batch):
 
 def hidden_states(model, batch, layer):
     """(B, T, D) output of decoder layer `layer`, counted from 0."""
-    return with_head(model, batch, lambda hidden, _: hidden, output_hidden_states=True).hidden_states[layer + 1]
+    out = with_head(model, batch, lambda hidden, _: hidden.detach(), output_hidden_states=True)    # no logits
+    return out.hidden_states[layer + 1]
 
 
 def distance_sum(hidden, goal, batch):
@@ -230,6 +257,70 @@ def make_smoother(args, named):
     return plain
 
 
+def make_optimizer(args, params):
+    """AdamW, whose states take the parameters' dtype; fused on a GPU, which saves a copy of the weights."""
+    return torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay,
+                             fused=True if params[0].is_cuda else None)
+
+
+def recompute_blocks(model):
+    """Gradient checkpointing: keep only a decoder layer's input, and run it again in the backward pass."""
+    if not blocks(model):
+        raise InputError(f"--gradient_checkpointing: {type(model).__name__} does not name its layers; drop it")
+    for block in blocks(model):
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def activation_bytes(model, samples, args, pad):
+    """Estimate of what a pass over the largest micro-batch keeps for its backward pass: in the blocks, as
+    measured on the longest sample, and in the output layer three times the fp32 logits of a chunk."""
+    longest, config, kept = max(samples, key=lambda s: len(s[0])), model.config.get_text_config(), {}
+    width, depth = config.hidden_size, config.num_hidden_layers
+
+    def pack(t):
+        weights = {local(p).untyped_storage().data_ptr() for p in model.parameters()}
+        if t.untyped_storage().data_ptr() not in weights:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = with_head(model, collate([longest], pad, model.device), lambda hidden, _: hidden.clone())
+    size, token = model.dtype.itemsize, sum(kept.values()) / out.logits.shape[1]
+    if args.gradient_checkpointing:                           # each block's input, and the inside of one block
+        token = depth * width * size + token / depth
+    tokens = -(-args.micro_batch // processes()[1]) * len(longest[0])
+    rows = min(tokens, max(1, CHUNK // config.vocab_size))
+    gathered = 0
+    if processes()[1] > 1:                                    # two blocks at a time, and what is in no block
+        inside = [sum(p.numel() for p in b.parameters()) for b in blocks(model)]
+        gathered = sum(p.numel() for p in model.parameters()) - sum(inside) + 2 * max(inside, default=0)
+    return tokens * token + 3 * 4 * rows * config.vocab_size + gathered * size
+
+
+def memory_plan(args, total, trained, activations, count=1):
+    """{part: bytes} of what a step holds in each of `count` processes; `trained` of `total` parameters train.
+
+    Not all parts peak together, so the sum is an upper bound. The interpreter itself (0.5 GB) is not in it.
+    """
+    size, state = (getattr(torch, name).itemsize for name in (args.param_dtype, args.state_dtype))
+    base, averaged = parse_smooth(args.smooth)
+    frozen = args.loss == "rmu" or args.retain == "kl"
+    aside = {"none": 0, "sam": 1, "rs": 1, "gp": 2, "cr": 5}[base]        # copies of weights or of gradients
+    plan = {"weights": total * size * (1 + frozen), "gradients": trained * size,
+            "put aside": aside * trained * size, "optimizer": 2 * trained * state, "average": 4 * trained * averaged}
+    return {k: v / count for k, v in plan.items() if v} | {"activations": activations}
+
+
+def plan_line(plan, device):
+    """The plan as one line, and a second one with what to do where it is more than the device has."""
+    cuda = torch.device(device).type == "cuda"
+    room = torch.cuda.mem_get_info(device)[1] if cuda else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    need, parts = sum(plan.values()), ", ".join(f"{k} {v / 1e9:.2f}" for k, v in plan.items())
+    line = (f"needs {need / 1e9:.2f} GB ({parts}) in each of {processes()[1]} processes on "
+            f"{torch.cuda.get_device_name(device) if cuda else 'cpu'} with {room / 1e9:.0f} GB")
+    return line + ("" if need < room else "\nthat is too much: try --gradient_checkpointing, a smaller --micro_batch, "
+                   "--param_dtype bfloat16, or torchrun with more GPUs")
+
+
 def matching(named, flag, pattern):
     """The (name, parameter) pairs whose name contains a match of pattern."""
     some = [(n, p) for n, p in named if re.search(pattern, n)]
@@ -243,6 +334,37 @@ def learning_rate(step, steps, peak, warmup, decay):
     """Rate of a step counted from 0: linear warm-up over the share `warmup`, then constant or linear to 0."""
     ramp = min(1.0, (step + 1) / max(1, round(warmup * steps)))
     return peak * ramp * (1 - step / steps if decay == "linear" else 1.0)
+
+
+def state_tensors(named, optimizer, average):
+    """{name: tensor} of all that changes from step to step: weights, optimizer states, averaged weights."""
+    tensors = {f"weights.{n}": p for n, p in named}
+    tensors |= {f"{key}.{n}": t for n, p in named for key, t in optimizer.state[p].items()}
+    return tensors | {f"mean.{n}": m for (n, _), m in zip(named, average.mean if average and average.mean else [])}
+
+
+@torch.no_grad()
+def resume(path, args, named, optimizer, smoother, average):
+    """Put the state that write_tensors saved in place, for any number of processes; returns its note."""
+    with safe_open(path, "pt") as file:
+        note = json.loads(file.metadata()["note"])
+        for key in note["args"].keys() - {"out", "overwrite", "resume", "save_every", "relearn", "device", "micro_batch"}:
+            if note["args"][key] != vars(args)[key]:
+                raise InputError(f"--resume: {path} was written with --{key} {note['args'][key]}, now it is "
+                                 f"{vars(args)[key]}: give the same flags, or remove the file to start again")
+        for _, p in named:                                        # a step that moves nothing allocates the states
+            p.grad = torch.zeros_like(p)
+        optimizer.param_groups[0]["lr"] = 0.0
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if average and note["averaged"]:
+            average.update()
+            average.count = note["averaged"]
+        for name, t in state_tensors(named, optimizer, average).items():
+            local(t).copy_(local_rows(t, file.get_slice(name)))   # a process reads its own rows only
+    if isinstance(smoother, RS):
+        smoother.draws = note["draws"]
+    return note
 
 
 def precision_warning(applied, cosine, radius, dtype):
@@ -268,6 +390,10 @@ def parse_args(argv=None):
     p.add_argument("--overwrite", action=flag, default=False, help="replace OUT when it exists")
     p.add_argument("--param_dtype", choices=["float32", "bfloat16"], default="float32",
                    help="of the weights; bfloat16 halves memory and swallows most of a small perturbation")
+    p.add_argument("--state_dtype", choices=["float32", "bfloat16"], default=None,
+                   help="of AdamW's two states (default: as the weights, the only choice of torch's AdamW)")
+    p.add_argument("--gradient_checkpointing", action=flag, default=False,
+                   help="keep a layer's input only and run it again in the backward pass: less memory, 4/3 the time")
     # the objective; "7B" is what the paper used for Zephyr-7B on WMDP-Bio
     p.add_argument("--loss", choices=["npo", "graddiff", "ga", "simnpo", "dpo", "rmu"], default="npo",
                    help="on the forget set; ga has no retain term, dpo needs rows with prompt and completion")
@@ -306,7 +432,7 @@ def parse_args(argv=None):
     p.add_argument("--batch_size", type=some, default=32,
                    help="forget samples, and as many retain, a step; 7B: 4")
     p.add_argument("--micro_batch", type=number(int, 0), default=0,
-                   help="samples a pass (0 = batch_size); same update")
+                   help="samples a pass, over all processes (0 = batch_size); same update")
     p.add_argument("--lr", type=above, default=3e-4, help="of AdamW; 7B: 5e-6")
     p.add_argument("--warmup", type=real, default=0.1, help="share of the steps")
     p.add_argument("--decay", choices=["none", "linear"], default="none", help="after warm-up; 7B: linear")
@@ -317,6 +443,9 @@ def parse_args(argv=None):
         help="train only matching parameters (default all; rmu: down_proj of its layer and two below)")
     p.add_argument("--max_len", type=number(int, 0), default=0,
                    help="cut samples to so many tokens (0: too long = error)")
+    p.add_argument("--save_every", type=number(int, 0), default=0,
+                   help="steps between saves of the state in OUT.state.safetensors (0: none); removed at the end")
+    p.add_argument("--resume", action=flag, default=False, help="go on from that file, if it is there")
     # measuring
     p.add_argument("--stop_ue", type=real, default=0.0, help="stop once UE reaches this (0 = fixed steps)")
     p.add_argument("--eval_every", type=number(int, 0), default=0,
@@ -341,6 +470,10 @@ def parse_args(argv=None):
         fix = {"ga": "ga has none; use --loss graddiff", "rmu": "rmu brings its own, --rmu_alpha; drop it"}
         raise InputError(f"--retain {args.retain}: {fix[args.loss]}")
     args.retain = args.retain or ("none" if args.loss in ("ga", "rmu") else "nll")
+    args.state_dtype = args.state_dtype or args.param_dtype
+    if args.state_dtype != args.param_dtype:
+        raise InputError(f"--state_dtype {args.state_dtype}: torch's AdamW keeps its states in the weights' dtype; "
+                         f"choose {args.param_dtype}, or --param_dtype {args.state_dtype}")
     args.micro_batch = args.micro_batch or args.batch_size
     args.wa_start = args.steps * 4 // 5 if args.wa_start < 0 else args.wa_start
     if averaged and args.wa_start >= args.steps:
@@ -351,6 +484,8 @@ def parse_args(argv=None):
     args.out = args.out or f"out/{args.loss}{suffix}-s{args.seed}"
     if Path(args.out).exists() and not args.overwrite:
         raise InputError(f"--out {args.out} exists: choose another name, or replace it with --overwrite")
+    if Path(f"{args.out}.state.safetensors").exists() and not args.resume and not args.overwrite:
+        raise InputError(f"{args.out}.state.safetensors: a run was broken off; go on with --resume, or remove it")
     return args
 
 
@@ -419,12 +554,23 @@ if __name__ == "__main__":
             p.requires_grad_(True)
         smoother, average = make_smoother(args, named), WA(params) if parse_smooth(args.smooth)[1] else None
         radius = {SAM: args.sam_rho, GP: args.gp_radius, CR: args.cr_mu}.get(type(smoother))
-        optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay)
+        optimizer = make_optimizer(args, params)
+        plan = memory_plan(args, sum(p.numel() for p in model.parameters()), sum(p.numel() for p in params),
+                           activation_bytes(model, forget + retain + (chosen or []), args, pad), processes()[1])
+        print(plan_line(plan, args.device))
+        if args.gradient_checkpointing:
+            recompute_blocks(model)
 
         # -- the loop
         forget_picks, retain_picks = (shuffled(len(s), args.batch_size, rng) for s in (forget, retain))
-        curve, warning = [], None
-        bar = tqdm(range(args.steps), desc=f"{args.loss}+{args.smooth}", unit="step")
+        curve, warning, done, state_file = [], None, 0, Path(f"{out}.state.safetensors")
+        if args.resume and state_file.exists():
+            note = resume(state_file, args, named, optimizer, smoother, average)
+            curve, warning, done = note["curve"], note["warning"], len(note["curve"])
+            for _ in range(done):
+                next(forget_picks), next(retain_picks)             # the batches that were seen
+        out.parent.mkdir(parents=True, exist_ok=True)
+        bar = tqdm(range(done, args.steps), f"{args.loss}+{args.smooth}", args.steps, initial=done, unit="step")
         for step in bar:
             tick = time.time()
             lr = learning_rate(step, args.steps, args.lr, args.warmup, args.decay)
@@ -461,6 +607,10 @@ if __name__ == "__main__":
             bar.set_postfix({k: f"{point[k]:.3g}" for k in watched})
             if args.stop_ue and point.get("UE", 0) >= args.stop_ue:
                 break
+            if args.save_every and (step + 1) % args.save_every == 0:
+                write_tensors(state_file, state_tensors(named, optimizer, average), {
+                    "args": vars(args), "curve": curve, "warning": warning,
+                    "draws": getattr(smoother, "draws", 0), "averaged": average.count if average else 0})
         if average and not average.count:
             warn(f"wa: stopped before step {args.wa_start}, so nothing was averaged")
         if average:
@@ -468,10 +618,10 @@ if __name__ == "__main__":
 
         # -- score, save, attack
         after = evaluate.ue_ut(model, tokenizer, questions)
-        out.parent.mkdir(parents=True, exist_ok=True)
         result = {"stage": "unlearn", "args": vars(args), **provenance(args.device, start),
-                  "metrics": {"before": before, "after": after}, "curve": curve}
+                  "plan_gb": {k: round(v / 1e9, 4) for k, v in plan.items()}, "metrics": {"before": before, "after": after}, "curve": curve}
         save_run(out, model, tokenizer, result)
+        state_file.unlink(missing_ok=True)
         for name, scores in (("before", before), ("after", after)):
             print(f"{name:7s} UE {show(scores['UE'])}  UT {show(scores['UT'])}")
         if args.relearn:

@@ -13,7 +13,8 @@ Multiple choice alone overstates forgetting (arXiv 2510.07626), so open question
 whose answer is, token for token, what the model says greedily. UE = 1 - accuracy on mcq_forget, UT = accuracy
 on mcq_retain.
 """
-import argparse, csv, io, itertools, json, logging, math, os, random, re, resource, subprocess, sys, time
+import argparse, atexit, csv, functools, io, itertools, json, logging, math, os, random, re, resource
+import subprocess, sys, time
 from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from tokenizers.processors import TemplateProcessing
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -33,8 +35,9 @@ LETTERS = ("The following are multiple choice questions (with answers) about {su
            "A. {0}\nB. {1}\nC. {2}\nD. {3}\nAnswer:")      # the prompt of lm-evaluation-harness, 0-shot
 QA = "Question: {question}\nAnswer: {answer}"               # where meta.json has no "qa_prompt"
 PASS_TOKENS = 8192                           # most tokens of a pass, with its padding: bounds memory
-# Shapes: B samples, T tokens, V vocabulary. unlearn.py and relearn.py read data and models with this file;
-# data/*/prepare.py read with it what others published.
+CHUNK = 2**24                                # most logits held at once where more rows can wait: 64 MB in fp32
+# Shapes: B samples, T tokens, V vocabulary, D width. unlearn.py and relearn.py read data and models with this
+# file; data/*/prepare.py read with it what others published.
 
 
 # ---- input and output -------------------------------------------------------------------------------------
@@ -49,8 +52,14 @@ def one_line_errors():
     try:
         yield
     except InputError as e:
-        print("error: " + " ".join(str(e).split()), file=sys.stderr)
+        warn("error: " + " ".join(str(e).split()))
         sys.exit(2)
+
+
+def warn(line):
+    """Print a line on stderr, above a progress bar, from the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(line, file=sys.stderr)
 
 
 def make_parser(doc, device=True):
@@ -59,7 +68,7 @@ def make_parser(doc, device=True):
                                      allow_abbrev=False)
 
     def error(message):
-        print(f"error: {message} (--help lists every flag)", file=sys.stderr)
+        warn(f"error: {message} (--help lists every flag)")
         sys.exit(2)
     parser.error = error
     if device:
@@ -69,7 +78,9 @@ def make_parser(doc, device=True):
 
 
 def usable_device(text):
-    """argparse type: the name of a device that can hold a tensor here."""
+    """argparse type: the name of a device that can hold a tensor here; cuda is this process's own GPU."""
+    if text == "cuda" and "LOCAL_RANK" in os.environ:
+        text += ":" + os.environ["LOCAL_RANK"]
     try:
         torch.zeros(1, device=text)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
@@ -146,6 +157,8 @@ def text_row(row):
 
 def write_json(path, value):
     """Write JSON under a temporary name and rename it, so that a reader never sees half a file."""
+    if processes()[0] > 0:
+        return
     tmp = Path(f"{path}.tmp{os.getpid()}")
     tmp.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     tmp.replace(path)
@@ -157,22 +170,37 @@ def provenance(device, start):
                          capture_output=True, text=True)
     cuda = torch.device(device).type == "cuda"
     ram = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    peak = torch.cuda.max_memory_allocated() if cuda else ram
+    peak = torch.cuda.max_memory_allocated(device) if cuda else ram
     versions = {m.__name__: m.__version__ for m in (torch, transformers)} | {"python": sys.version.split()[0]}
     return {"versions": versions, "commit": git.stdout.strip() or None, "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name() if cuda else str(device),
+            "device": torch.cuda.get_device_name(device) if cuda else str(device),
+            "processes": processes()[1],
             "seconds": round(time.time() - start, 2), "peak_gb": round(peak / 1e9, 3)}
 
 
 def load_model(name, device="cpu", dtype=torch.float32):
-    """(model, tokenizer) of a local folder or hub name. safetensors only, no remote code, dropout off."""
+    """(model, tokenizer) of a local folder or hub name. safetensors only, no remote code, dropout off.
+
+    Under torchrun every process keeps its part of the weights; the processes of a machine load one after the
+    other, so that its memory holds one whole model at a time.
+    """
     if not Path(name).is_dir() and str(name).count("/") != 1:
         raise InputError(f"model {name}: neither a folder here nor a hub name ORG/NAME")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as e:
-        raise InputError(f"model {name} does not load: {e}")
+    together = processes()[1] > 1
+    for turn in range(int(os.environ["LOCAL_WORLD_SIZE"]) if together else 1):
+        if not together or turn == int(os.environ["LOCAL_RANK"]):
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(name)
+                model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
+            except (OSError, ValueError) as e:
+                raise InputError(f"model {name} does not load: {e}")
+            if together:
+                shard(model, device)
+        barrier()
+    rows = model.get_input_embeddings().num_embeddings
+    if (tokenizer.pad_token_id or 0) >= rows:
+        raise InputError(f"model {name}: its pad token {tokenizer.pad_token!r} has the id {tokenizer.pad_token_id}, "
+                         f"but the model has {rows} embeddings; set pad_token to null in tokenizer_config.json")
     # eval mode: with dropout the two passes of SAM, and the cached reference, would see different networks
     return model.to(device).eval(), tokenizer
 
@@ -180,6 +208,87 @@ def load_model(name, device="cpu", dtype=torch.float32):
 def show(value):
     """A metric with three digits, or a dash for one that the data does not allow."""
     return "-" if value is None else f"{value:.3f}"
+
+
+# ---- several processes (torchrun) -------------------------------------------------------------------------
+
+def processes():
+    """(rank of this process, how many there are): (0, 1) unless torchrun started several."""
+    dist = torch.distributed
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def join_processes(device):
+    """Make the processes of torchrun one group: NCCL between GPUs, gloo on CPU. Only the first one prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or torch.distributed.is_initialized():
+        return
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
+    atexit.register(torch.distributed.destroy_process_group)
+    if processes()[0] > 0:
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+
+
+def barrier():
+    """Wait until every process is here."""
+    if processes()[1] > 1:
+        torch.distributed.barrier()
+
+
+def blocks(model):
+    """The decoder layers: the parts that transformers says must not be split."""
+    names = model._no_split_modules or ()
+    return [m for m in model.modules() if type(m).__name__.removeprefix("FSDP") in names]
+
+
+def shard(model, device):
+    """Spread the weights over the processes with FSDP2, which gathers a block when it runs; gradients add up."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    mesh = init_device_mesh(torch.device(device).type, (processes()[1],))
+    for module in [*blocks(model), model]:   # the last one takes what no block has: embeddings, output layer
+        # True for the model as well: weights that stay gathered would not see a later change of theirs
+        fully_shard(module, mesh=mesh, reshard_after_forward=True,
+                    mp_policy=MixedPrecisionPolicy(reduce_dtype=accumulator(model.dtype)))
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def whole(t):
+    """All of a sharded tensor, gathered in every process at once; any other tensor as it is."""
+    return (t.full_tensor() if hasattr(t, "full_tensor") else t).detach()
+
+
+def own_part(items):
+    """(this process's part of a list, 1); of a list too short for all ([its first], 0), to count as nothing,
+    because a sharded model runs only when it runs in every process."""
+    rank, count = processes()
+    return (items[rank::count], 1) if rank < len(items) else (items[:1], 0)
+
+
+def all_sum(value, device):
+    """The sum of a number or tensor over all processes; for one process the value itself."""
+    if processes()[1] > 1:
+        value = torch.as_tensor(value, device=device).clone()
+        torch.distributed.all_reduce(value)
+    return value
+
+
+def in_turns(batches):
+    """(index, batch) of every count-th batch; a process short of one does the last again: see own_part."""
+    rank, count = processes()
+    for i in range(rank, -(-len(batches) // count) * count, count):
+        yield min(i, len(batches) - 1), batches[min(i, len(batches) - 1)]
+
+
+def all_max(values, device):
+    """Elementwise maximum over all processes, each of which filled in its part of a tensor of -inf."""
+    if processes()[1] > 1:
+        values = values.to(device)
+        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
+    return values.cpu()
 
 
 # ---- published data sets, for data/*/prepare.py -----------------------------------------------------------
@@ -270,7 +379,7 @@ def write_data(folder, files, meta=None):
 
 def context_of(model):
     """The longest sequence in tokens that the model takes, 0 if its config does not say."""
-    return getattr(model.config, "max_position_embeddings", None) or 0
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
 
 
 def encode(tokenizer, triples, context, max_len=0):
@@ -314,15 +423,70 @@ def collate(samples, pad, device="cpu"):
 
 def logits_of(model, batch):
     """(B, T-1, V): position t predicts token t+1."""
-    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+                 use_cache=False).logits[:, :-1]
+
+
+def with_head(model, batch, f, **more):
+    """The model's output with f(hidden (B, T, D), output layer) in the place of the output layer's logits.
+
+    The model's own forward runs, so what hangs on it (FSDP gathers weights there) works as ever.
+    """
+    head = model.get_output_embeddings()
+    layer = head.forward
+    head.forward = lambda hidden: f(hidden, layer)
+    try:
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False,
+                     **more)
+    finally:
+        del head.forward                     # the class's own again
+
+
+def alters_logits(model):
+    """Does the model scale or soft-cap its logits behind the output layer? Tried once, on one token."""
+    if not hasattr(model, "logits_altered"):
+        token, seen = torch.ones(1, 1, dtype=torch.int64, device=model.device), []
+        with torch.no_grad():
+            out = with_head(model, {"input_ids": token, "attention_mask": token},
+                            lambda hidden, _: seen.append(hidden) or hidden).logits
+        model.logits_altered = not torch.equal(out.to(seen[0].dtype), seen[0])
+        if model.logits_altered:
+            warn(f"{type(model).__name__} changes its logits behind the output layer, so the loss needs all of "
+                 "them at once: memory grows with tokens x vocabulary (--micro_batch bounds it)")
+    return model.logits_altered
+
+
+def chunk_rows(model, batch):
+    """How many rows of V logits are CHUNK values; 0 if the batch has no more rows than that."""
+    rows = max(1, CHUNK // model.config.get_text_config().vocab_size)
+    return rows if batch["input_ids"].numel() > rows else 0
+
+
+def over_labels(model, batch, size, f, *rows):
+    """f(logits (n, V), part of each of rows) -> (n,) or (1,) of every `size` label positions, concatenated.
+
+    The backward pass computes a part's logits again, so that no more than one part of them exists at a time.
+    """
+    mask, again = batch["labels"][:, 1:] != IGNORE, {"use_reentrant": False, "preserve_rng_state": False}
+
+    def score(hidden, layer):                                                    # hidden: (B, T, D)
+        parts = zip(*(r.split(size) for r in (hidden[:, :-1][mask], *rows)))
+        return torch.cat([checkpoint(lambda h, *r: f(layer(h), *r), *part, **again) for part in parts])
+    return with_head(model, batch, score).logits
 
 
 def token_logps(model, batch):
     """log p(token t+1 | tokens to t) for every label, 0 where there is none; and the mask. Both (B, T-1)."""
-    logits, labels = logits_of(model, batch), batch["labels"][:, 1:]
-    logits = logits.to(accumulator(logits.dtype))        # (B, T-1, V): log-softmax in bf16 loses three digits
-    nll = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
-    return -nll, labels != IGNORE
+    labels, size = batch["labels"][:, 1:], chunk_rows(model, batch)
+    mask = labels != IGNORE
+
+    def nll_of(logits, labels):                          # (B, V, ...): log-softmax in bf16 loses three digits
+        logits = logits.to(accumulator(logits.dtype))
+        return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+    if size and not alters_logits(model):
+        nll = over_labels(model, batch, size, nll_of, labels[mask])                                # (labels,)
+        return torch.zeros_like(mask, dtype=nll.dtype).masked_scatter(mask, -nll), mask
+    return -nll_of(logits_of(model, batch).transpose(1, 2), labels), mask
 
 
 def batches(lengths, size, tokens=PASS_TOKENS):
@@ -344,34 +508,29 @@ def progress(total, desc):
 
 @torch.no_grad()
 def label_logits(model, tokenizer, samples, batch=64, desc="scoring"):
-    """(index, (n, V) logits, (n,) labels) of each encoded sample: what the model says where a label is due.
-
-    Logits before a batch's first label are not computed: on questions, whose labels come last, almost all of
-    B x T x V. A model that does not know logits_to_keep returns them, and they are dropped here.
+    """(index, (n, V) logits, (n,) labels) of this process's part of encoded samples: what the model says where
+    a label is due. Logits of other positions, almost all of B x T x V on questions, are never computed.
     """
     bar = progress(len(samples), desc)
-    for part in batches([len(ids) for ids, _ in samples], batch):
+    for _, part in in_turns(list(batches([len(ids) for ids, _ in samples], batch))):
         x = collate([samples[i] for i in part], tokenizer.pad_token_id or 0, model.device)
-        width = x["labels"].shape[1]
-        first = min(next(t for t in range(1, width) if samples[i][1][t] != IGNORE) for i in part)
-        keep = width - first + 1                                     # the last position predicts nothing here
-        logits = model(input_ids=x["input_ids"], attention_mask=x["attention_mask"],
-                       logits_to_keep=keep).logits[:, -keep:-1]                               # (B, keep-1, V)
-        for row, i in enumerate(part):
-            labels = x["labels"][row, first:]                                                      # (keep-1,)
-            here = labels != IGNORE
-            yield i, logits[row, here], labels[here]
-        bar.update(len(part))
+        mask = x["labels"][:, 1:] != IGNORE                                                         # (B, T-1)
+        logits = with_head(model, x, lambda hidden, layer: layer(hidden[:, :-1][mask])).logits   # (labels, V)
+        counts = mask.sum(1).tolist()
+        yield from zip(part, logits.split(counts), x["labels"][:, 1:][mask].split(counts))
+        bar.update(len(part) * processes()[1])
     bar.close()
 
 
 def label_scores(model, tokenizer, samples, batch=64, desc="scoring"):
     """[((n,) fp64 log-probability of each label, (n,) bool: is it the likeliest token?)], one a sample."""
-    out = [None] * len(samples)
+    counts = [sum(label != IGNORE for label in labels[1:]) for _, labels in samples]
+    ends, out = np.cumsum(counts), torch.full((2, sum(counts)), -math.inf, dtype=torch.float64)
     for i, logits, labels in label_logits(model, tokenizer, samples, batch, desc):
         logps = logits.to(accumulator(logits.dtype)).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
-        out[i] = logps.double().cpu(), (logits.argmax(-1) == labels).cpu()
-    return out
+        out[:, ends[i] - counts[i]:ends[i]] = torch.stack([logps, logits.argmax(-1) == labels])
+    logps, hits = all_max(out, model.device)
+    return list(zip(logps.split(counts), (hits > 0).split(counts)))
 
 
 # ---- questions --------------------------------------------------------------------------------------------
@@ -430,7 +589,7 @@ def choice_logps(model, tokenizer, rows, prompt=None, batch=64):
 
     One forward pass a question where the four choices are one token each, else one a choice.
     """
-    out, jobs = torch.zeros(len(rows), 4, dtype=torch.float64), []
+    out, jobs = torch.full((len(rows), 4), -math.inf, dtype=torch.float64), []
     asked = [(start, choice, row["where"]) for row in rows for start, choices in [ask(row, prompt)]
              for choice in choices]
     samples = encode(tokenizer, asked, context_of(model))
@@ -445,7 +604,7 @@ def choice_logps(model, tokenizer, rows, prompt=None, batch=64):
         _, q, choice, four = jobs[i]
         logps = logits.to(accumulator(logits.dtype)).log_softmax(-1)                      # (answer tokens, V)
         out[q, choice] = (logps[0, four] if four else logps.gather(-1, labels[:, None]).sum()).double().cpu()
-    return out
+    return all_max(out, model.device)
 
 
 def correct(model, tokenizer, rows, prompt=None):
@@ -1153,12 +1312,15 @@ def score(run, args):
     result = {"stage": "evaluate", "args": settings, **provenance(args.device, start), "metrics": metrics,
               **({"records": records} if args.records else {})}
     write_json(path, result)
+    barrier()                                         # before another process looks for the file
     return done, metrics
 
 
 def extras(run, done, metrics, args):
     """metrics and what --attack and --sharpness find, or found before; RUN/evaluate.json keeps it too."""
     run, found = Path(run), {"attack": {}, "sharpness": dict(metrics.get("sharpness", {}))}
+    if (args.attack or args.sharpness) and processes()[1] > 1:
+        raise InputError("--attack and --sharpness need the whole model in one process: run without torchrun")
     if args.attack:
         attack_prefix(run, done, args)
     for path in sorted(run.glob("attack_*.json")):
@@ -1438,6 +1600,7 @@ if __name__ == "__main__":
 
     with one_line_errors():
         folders = defaultdict(list)                   # settings -> run folders
+        join_processes(args.device)
         groups, names = defaultdict(dict), {}         # settings -> {seed: {column: number}}, settings -> name
         for run in tqdm(args.runs, desc="scoring", unit="run", disable=len(args.runs) < 2):
             done, metrics = score(run, args)

@@ -23,8 +23,9 @@ import torch
 from tqdm import tqdm
 
 import evaluate
-from evaluate import (InputError, collate, context_of, encode_rows, load_model, make_parser, number,
-                      one_line_errors, provenance, read_jsonl, show, text_row, token_logps, write_json)
+from evaluate import (InputError, all_sum, collate, context_of, encode_rows, join_processes, load_model,
+                      make_parser, number, one_line_errors, own_part, processes, provenance, read_jsonl, show,
+                      text_row, token_logps, write_json)
 from sam import accumulator, restore_
 
 
@@ -56,17 +57,18 @@ def relearn(model, samples, pad, lr, batch_size, epochs, seed, watch=None):
         order = rng.sample(range(len(samples)), len(samples))
         for i in range(0, len(order), batch_size):
             optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
-            batch = collate([samples[j] for j in order[i:i + batch_size]], pad, model.device)
-            logps, mask = token_logps(model, batch)
-            loss = -logps.sum() / mask.sum()
+            part, weight = own_part(order[i:i + batch_size])
+            logps, mask = token_logps(model, collate([samples[j] for j in part], pad, model.device))
+            loss = -logps.sum() * weight / all_sum(mask.sum() * weight, model.device)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
             if watch:
                 watch(step, steps)
-    if not math.isfinite(loss.item()):
-        raise InputError(f"relearning with --lr {lr:g} diverged (loss {loss.item()}): lower it")
+    last = all_sum(loss.detach(), model.device).item()
+    if not math.isfinite(last):
+        raise InputError(f"relearning with --lr {lr:g} diverged (loss {last}): lower it")
 
 
 def linears(model):
@@ -272,4 +274,6 @@ def main(args, model=None, tokenizer=None):
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(parse_args())
+        args = parse_args()
+        join_processes(args.device)
+        main(args)

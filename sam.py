@@ -42,12 +42,41 @@ def accumulator(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
+def local(t):
+    """What this process holds of a tensor that FSDP2 spreads over processes (a DTensor); else the tensor."""
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
+def local_rows(t, whole):
+    """The rows of `whole` (or of anything sliced like a tensor of t's shape) that t holds in this process."""
+    if not hasattr(t, "to_local"):
+        return whole[...]
+    first = t.device_mesh.get_local_rank() * -(-len(t) // t.device_mesh.size())     # FSDP2 cuts like torch.chunk
+    return whole[min(first, len(t)):min(first, len(t)) + len(t.to_local())]
+
+
+def over_processes(sums, tensors):
+    """Sums over local(t) of tensors -> sums over all of each t: added up in place where they are spread."""
+    spread = [t for t in tensors if hasattr(t, "to_local")]
+    if spread:
+        torch.distributed.all_reduce(sums, group=spread[0].device_mesh.get_group())
+    return sums
+
+
 def global_norm(tensors):
     """||.||_2 over all tensors together: 0-dim, fp32 (fp64 for fp64 input), on the device of the first."""
     if not tensors:
         return torch.zeros(())
-    norms = [torch.linalg.vector_norm(t, dtype=accumulator(t.dtype)) for t in tensors]
-    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    norms = [torch.linalg.vector_norm(local(t), dtype=accumulator(t.dtype)) for t in tensors]
+    norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    return over_processes(norm.square(), tensors).sqrt() if hasattr(tensors[0], "to_local") else norm
+
+
+def pieces(p, *others):
+    """Views of rows of p and of tensors of its shape: small enough to stay in a CPU's cache, or 2^24 elements."""
+    tensors = [local(t) for t in (p, *others)]
+    rows = max(1, (2**17 if p.device.type == "cpu" else 2**24) * len(tensors[0]) // max(1, tensors[0].numel()))
+    return zip(*(t.split(rows) for t in tensors)) if tensors[0].dim() else [tensors]
 
 
 @torch.no_grad()
@@ -61,22 +90,21 @@ def ascent_(params, directions, rho, saved, reuse=True, eps=1e-12):
     norm = global_norm(directions)
     ok = torch.isfinite(norm) & (norm > 0)
     scale = torch.where(ok, rho / (norm + eps), 0.0)
-    moved, along = [], []
-    for p, d in zip(params, directions):     # one at a time: the peak is the largest tensor, not the model
+    sums = []                                # of step^2 and of step * d, a pair for each piece
+    for p, d in (pair for both in zip(params, directions) for pair in pieces(*both)):
         wide, s = d.to(accumulator(p.dtype)), scale.to(p.device)
         old = p.to(wide.dtype)
         new = torch.where(ok.to(p.device), old + s * wide, old).to(p.dtype)
         step = new.to(wide.dtype) - old                        # what survived the rounding
-        moved.append(step.square().sum().to(norm.device))
-        along.append((step * wide).sum().to(norm.device))
+        sums.append(torch.stack([(step * step).sum(), (step * wide).sum()]).to(norm.device))
         if reuse and d.dtype == p.dtype:
             saved.append((p, d.copy_(p)))
         else:
-            saved.append((p, p.detach().clone()))
+            saved.append((p, p.clone()))
         p.copy_(new)
-    applied = torch.stack(moved).sum().sqrt() if moved else norm
-    dot = torch.stack(along).sum() if along else norm
-    cosine = torch.where(ok & (applied > 0), dot / (applied * norm), 0.0)
+    moved, along = over_processes(torch.stack(sums).sum(0), params) if sums else (norm, norm)
+    applied = moved.sqrt()
+    cosine = torch.where(ok & (applied > 0), along / (applied * norm), 0.0)
     return {"norm": norm, "applied_norm": applied, "cosine": cosine}
 
 
@@ -84,7 +112,7 @@ def ascent_(params, directions, rho, saved, reuse=True, eps=1e-12):
 def restore_(saved):
     """Copy the old weights back, bit for bit, and empty the list. A copy, never a subtraction."""
     if saved:
-        torch._foreach_copy_([p for p, _ in saved], [w for _, w in saved])
+        torch._foreach_copy_([local(p) for p, _ in saved], [local(w) for _, w in saved])
     saved.clear()
 
 
@@ -96,13 +124,14 @@ def noise_(params, sigma, seed):
         if p.device not in generators:
             generators[p.device] = torch.Generator(p.device).manual_seed(seed)
         z = torch.randn(p.shape, generator=generators[p.device], device=p.device, dtype=accumulator(p.dtype))
+        p, z = local(p), local_rows(p, z)    # whole in every process, so that no noise depends on their number
         p.copy_(p.to(z.dtype) + sigma * z)
 
 
 @torch.no_grad()
 def running_mean_(mean, params, count):
     """mean <- mean + (theta - mean) / count in place, for the count-th weights; mean is fp32 or wider."""
-    for m, p in zip(mean, params):
+    for m, p in zip(map(local, mean), map(local, params)):
         m.add_((p.to(m.dtype) - m) / count)
 
 
@@ -321,7 +350,7 @@ class WA:
     def swap(self):
         """Overwrite the weights with the mean; does nothing before the first update."""
         if self.count:
-            torch._foreach_copy_([p.detach() for p in self.params], self.mean)
+            torch._foreach_copy_([local(p) for p in self.params], [local(m) for m in self.mean])
 
 
 def plain(closure):

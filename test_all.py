@@ -5,7 +5,7 @@ closed form, a loop over single samples, a published table. Nothing is downloade
 trains the built-in target once (cached in data/tiny/seed0) and runs the scripts as a user would.
 """
 import argparse, contextlib, csv, fnmatch, hashlib, importlib.util, io, itertools, json, math, os, random, re
-import runpy, shutil, subprocess, sys, tempfile, time, unittest
+import runpy, shutil, subprocess, sys, tempfile, textwrap, time, unittest
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ os.environ["TRITON_INTERPRET"] = "1"        # Triton reads it at import: kernels
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import evaluate, relearn, sam, unlearn
@@ -47,9 +48,9 @@ def words():
 def little_llama(dtype=torch.float64, seed=0, context=64, **more):
     """A random Llama of about 5,000 parameters over words()."""
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=len(words()), hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
-                         intermediate_size=24, max_position_embeddings=context, initializer_range=0.3,
-                         **{"tie_word_embeddings": False, **more})
+    config = LlamaConfig(**{"vocab_size": len(words()), "hidden_size": 16, "num_hidden_layers": 3,
+                            "num_attention_heads": 2, "intermediate_size": 24, "max_position_embeddings": context,
+                            "initializer_range": 0.3, "tie_word_embeddings": False, **more})
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
@@ -2543,6 +2544,237 @@ class TestAttackVariants(unittest.TestCase):
         self.assertEqual([k for k in row if k.startswith("UE ")],
                          ["UE 20x3", "UE compress 4bit", "UE lora8 20", "UE lora8 20@2", "UE prefix gcg"])
         self.assertEqual(row["teacher's UE prefix gcg"], 0.1)
+
+
+# ---- real models at real size -----------------------------------------------------------------------------
+
+def write_world(folder, model, tokenizer=None):
+    """A data folder with a model in it: rows and questions over words(). Returns the flags to run on it."""
+    folder = Path(folder)
+    model.save_pretrained(folder / "model")
+    (tokenizer or words()).save_pretrained(folder / "model")
+    rows = [{"prompt": t, "completion": f" the cat {t}", "fact": i} for i, t in enumerate(TEXTS)]
+    questions = [{k: r[k] for k in ("question", "choices", "answer", "subject")} for r in TestEvaluate.rows]
+    for part in ("forget", "retain"):
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        (folder / f"mcq_{part}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in questions))
+    (folder / "meta.json").write_text(json.dumps({"prompt": TestEvaluate.prompt}))
+    return ["--model", folder / "model", "--data", folder, "--steps", 5, "--batch_size", 3, "--warmup", 0,
+            "--no-relearn"]
+
+
+class TestScale(unittest.TestCase):
+    def setUp(self):
+        self.tmp = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, self.tmp)
+
+    def run_here(self, *flags, said=None):
+        """Run unlearn.py inside this process; said: part of the error that it must end with."""
+        status, out, err = TestScripts.here(self, "unlearn.py", *flags)
+        self.assertEqual(status, 2 if said else 0, err)
+        self.assertIn(said or "", err)
+        return out, err
+
+    def weights(self, name):
+        return evaluate.load_model(self.tmp / name)[0].state_dict()
+
+    def test_chunks_give_the_loss_and_the_gradient_of_all_logits_at_once(self):
+        model, frozen, tok = little_llama(), little_llama(seed=1), words()
+        samples = evaluate.encode(tok, [("", TEXTS[3], ""), ("Question: who sat? Answer:", " the cat", ""),
+                                        ("", TEXTS[1], "")], 64)
+        batch = evaluate.collate(samples, 0)
+        for name, f in (("logps", lambda: (evaluate.token_logps(model, batch)[0] * torch.arange(1, 10)).sum()),
+                        ("kl", lambda: unlearn.kl_sum(model, frozen, batch)),
+                        ("labels", lambda: evaluate.label_logits(model, batch).square().sum())):
+            results, rows = [], []
+            for chunk in (2**24, 4 * len(tok), 1):              # all at once; four rows at a time; row by row
+                model.zero_grad()
+                head = model.lm_head.register_forward_hook(lambda m, i, o: rows.append(o.numel()))
+                with mock.patch.object(evaluate, "CHUNK", chunk):
+                    loss = f()
+                loss.backward()
+                head.remove()
+                results.append(torch.cat([loss[None], flat(p.grad for p in model.parameters())]))
+            for got in results[1:]:
+                torch.testing.assert_close(got, results[0], rtol=1e-9, atol=1e-11, msg=name)
+            self.assertGreater(results[0].norm(), 1)
+
+    def test_no_more_than_one_chunk_of_logits_exists_at_a_time(self):
+        model, seen = little_llama(), []
+        batch = evaluate.collate([([1] * 21, [-100] + [1] * 20)] * 2, 0)                 # 40 labels
+        linear = F.linear
+        with mock.patch.object(F, "linear", lambda x, w, b=None: (
+                seen.append(len(x)) if w is model.lm_head.weight else 0, linear(x, w, b))[1]):
+            with mock.patch.object(evaluate, "CHUNK", 16 * len(words())):
+                evaluate.token_logps(model, batch)[0].sum().backward()
+        self.assertEqual(seen, [16, 16, 8, 8, 16, 16])                       # forward, and again for backward
+
+    @unittest.skipUnless(Path("/proc/self/clear_refs").exists(), "needs Linux to measure a peak of memory")
+    def test_peak_memory_does_not_grow_with_tokens_times_a_vocabulary_of_49k(self):
+        code = textwrap.dedent("""
+            import torch, evaluate
+            from transformers import LlamaConfig, LlamaForCausalLM
+            model = LlamaForCausalLM(LlamaConfig(
+                vocab_size=49152, hidden_size=16, num_hidden_layers=1, intermediate_size=16, num_attention_heads=1))
+            def status(key):
+                return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
+            for evaluate.CHUNK in (evaluate.CHUNK, 2**60):
+                for tokens in (100, 600, 1200):                                          # the first is to warm up
+                    ids = list(range(tokens))
+                    open("/proc/self/clear_refs", "w").write("5")                        # resets the peak
+                    before = status("VmRSS")
+                    evaluate.token_logps(model, evaluate.collate([(ids, ids)], 0))[0].sum().backward()
+                    print(status("VmHWM") - before)
+            """)
+        run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        self.assertEqual(run.returncode, 0, run.stderr)
+        _, few, many, _, few_plain, many_plain = map(int, run.stdout.split())
+        logits = 1200 * 49152 * 4                                                        # 236 MB
+        self.assertGreater(many_plain, 2.5 * logits)                # logits, log-softmax, gradient, all whole
+        self.assertGreater(many_plain, 1.7 * few_plain)
+        self.assertLess(many, 1.1 * few + 2**24)
+        self.assertLess(many, 4.5 * 2**24 * 4)
+        print(f"[1,200 tokens, V = 49,152: {many / 1e6:.0f} MB in chunks, {many_plain / 1e6:.0f} MB at once]",
+              end=" ", file=sys.stderr)
+
+    def test_soft_capped_and_scaled_logits_keep_the_models_own_head(self):
+        small = dict(vocab_size=len(words()), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                     num_key_value_heads=1, intermediate_size=24, max_position_embeddings=64)
+        from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
+        samples = evaluate.encode(words(), [("", TEXTS[3], ""), ("Question: who", " sat?", "")], 64)
+        batch = evaluate.collate(samples, 0)
+        for model, altered in ((Gemma2ForCausalLM(Gemma2Config(**small, head_dim=8)), True),
+                               (CohereForCausalLM(CohereConfig(**small)), True), (little_llama(), False)):
+            model = model.double().eval()
+            want = evaluate.token_logps(model, batch)[0]
+            with mock.patch.object(evaluate, "CHUNK", 1), contextlib.redirect_stderr(io.StringIO()) as err:
+                for _ in range(2):
+                    torch.testing.assert_close(evaluate.token_logps(model, batch)[0], want)
+                evaluate.label_logits(model, batch)
+            self.assertEqual(err.getvalue().count("behind the output layer"), altered)       # said once
+
+    def test_gradient_checkpointing_keeps_the_gradient_and_runs_every_layer_twice(self):
+        grads, runs = [], []
+        for again in (False, True):
+            model, calls = little_llama(), []
+            hooks = [m.self_attn.register_forward_hook(lambda *a: calls.append(1)) for m in model.model.layers]
+            if again:
+                unlearn.recompute_blocks(model)
+            evaluate.token_logps(model, evaluate.collate([([1, 2, 3, 4, 5], [1, 2, 3, 4, 5])], 0))[0].sum().backward()
+            grads.append(flat(p.grad for p in model.parameters()))
+            runs.append(len(calls))
+        self.assertTrue(torch.equal(*grads))
+        self.assertEqual(runs, [3, 6])
+
+    def test_models_of_every_shape_run_or_name_the_fix(self):
+        """No pad token, tied embeddings, more embeddings than tokens, learned positions and biases; a pad token
+        that the model does not have, and a sample that is too long."""
+        from transformers import GPT2Config, GPT2LMHeadModel
+        plain, none = words(), words()
+        none.pad_token = None
+        gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(plain), n_embd=16, n_layer=2, n_head=2, n_positions=64))
+        for n, (model, tok) in enumerate(((little_llama(torch.float32), none), (gpt2, none),
+                                          (little_llama(torch.float32, tie_word_embeddings=True), plain),
+                                          (little_llama(torch.float32, vocab_size=len(plain) + 19), plain))):
+            flags = write_world(self.tmp / f"w{n}", model, tok)
+            self.run_here(*flags, "--gradient_checkpointing", "--out", self.tmp / f"r{n}")
+            before, after = self.weights(f"w{n}/model"), self.weights(f"r{n}")
+            self.assertEqual(before.keys(), after.keys())
+            self.assertFalse(torch.equal(flat(before.values()), flat(after.values())))
+            saved, tied = set(safe_open(self.tmp / f"r{n}" / "model.safetensors", "pt").keys()), n in (1, 2)
+            self.assertEqual("lm_head.weight" in saved, not tied)
+        tok = words()
+        tok.add_special_tokens({"pad_token": "<more>"})
+        flags = write_world(self.tmp / "w", little_llama(torch.float32), tok)
+        self.run_here(*flags, "--out", self.tmp / "r", said="set pad_token to null")
+        flags = write_world(self.tmp / "w", little_llama(torch.float32, context=8))
+        self.run_here(*flags, "--out", self.tmp / "r", said="--max_len 8")
+        self.run_here(*flags, "--out", self.tmp / "r", "--state_dtype", "bfloat16", said="--param_dtype bfloat16")
+
+    def test_seven_billion_parameters_with_sam_in_bf16_plan_ten_bytes_each(self):
+        args = unlearn.parse_args(["--param_dtype", "bfloat16", "--sam_rho", "0.01", "--out", "/nowhere"])
+        plan = unlearn.memory_plan(args, 7.24e9, 7.24e9, activations=1e9)
+        self.assertEqual(sum(plan.values()) - 1e9, 10 * 7.24e9)
+        shared = unlearn.memory_plan(args, 7.24e9, 7.24e9, 1e9, 4)
+        self.assertEqual(sum(shared.values()) - 1e9, 10 * 7.24e9 / 4)
+        for flags, bytes_each in ((["--smooth", "none"], 8), (["--smooth", "gp"], 12), (["--smooth", "cr"], 18),
+                                  (["--smooth", "wa"], 12), (["--retain", "kl"], 12)):
+            args = unlearn.parse_args(["--param_dtype", "bfloat16", "--out", "/nowhere", *flags])
+            self.assertEqual(sum(unlearn.memory_plan(args, 100, 100, 0).values()), 100 * bytes_each)
+
+    @unittest.skipUnless(Path("/proc/self/clear_refs").exists(), "needs Linux to measure a peak of memory")
+    def test_the_plan_is_within_15_percent_of_the_measured_peak(self):
+        """A 42M-parameter Llama on short samples; the base is what a run of a tiny model leaves behind."""
+        code = textwrap.dedent(f"""
+            import json, runpy, sys
+            def run(world, smooth):
+                sys.argv = ["unlearn.py", "--model", world + "/model", "--data", world, "--out", world + smooth,
+                            "--smooth", smooth, "--steps", "3", "--batch_size", "2", "--no-relearn"]
+                runpy.run_path("unlearn.py", run_name="__main__")
+            def status(key):
+                return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
+            run("{self.tmp}/little", "SMOOTH")
+            open("/proc/self/clear_refs", "w").write("5")                               # resets the peak
+            base = status("VmRSS")
+            run("{self.tmp}/large", "SMOOTH")
+            plan = json.load(open("{self.tmp}/largeSMOOTH/result.json"))["plan_gb"]
+            print("measured", status("VmHWM") - base, sum(plan.values()) * 1e9)
+            """)
+        write_world(self.tmp / "little", little_llama(torch.float32))
+        write_world(self.tmp / "large", little_llama(torch.float32, vocab_size=8192, hidden_size=512,
+                                                     num_hidden_layers=8, intermediate_size=2048))
+        for smooth in ("none", "sam"):
+            run = subprocess.run([sys.executable, "-c", code.replace("SMOOTH", smooth)], cwd=ROOT, text=True,
+                                 capture_output=True)
+            self.assertEqual(run.returncode, 0, run.stderr)
+            measured, planned = map(float, run.stdout.split("measured")[1].split())
+            self.assertAlmostEqual(planned / measured, 1, delta=0.15, msg=smooth)
+            print(f"[{smooth}: planned {planned / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB]", end=" ",
+                  file=sys.stderr)
+
+    def broken_off(self, at, *flags):
+        """Run unlearn.py in this process and interrupt it in step `at`, counted from 1."""
+        count, clip = itertools.count(1), torch.nn.utils.clip_grad_norm_
+
+        def clip_or_die(*args):
+            if next(count) == at:
+                raise KeyboardInterrupt
+            return clip(*args)
+        with mock.patch.object(torch.nn.utils, "clip_grad_norm_", clip_or_die), self.assertRaises(KeyboardInterrupt):
+            self.run_here(*flags)
+
+    def test_a_resumed_run_is_bitwise_the_unbroken_one(self):
+        flags = write_world(self.tmp, little_llama(torch.float32))
+        for smooth in ("sam+wa", "rs+wa", "cr"):
+            more = ["--smooth", smooth, "--eval_every", 2, *(["--wa_start", 1, "--wa_every", 1] if "wa" in smooth else [])]
+            self.run_here(*flags, *more, "--out", self.tmp / "whole", "--overwrite")
+            self.broken_off(5, *flags, *more, "--out", self.tmp / smooth, "--save_every", 3)
+            self.assertFalse((self.tmp / smooth).exists())
+            self.run_here(*flags, *more, "--out", self.tmp / smooth, "--resume")
+            a, b = (json.loads((self.tmp / n / "result.json").read_text())["curve"] for n in ("whole", smooth))
+            for p in a + b:
+                del p["seconds"]
+            self.assertEqual(a, b)
+            a, b = ((self.tmp / n / "model.safetensors").read_bytes() for n in ("whole", smooth))
+            self.assertTrue(a == b, smooth)
+            self.assertFalse(list(self.tmp.glob("*.state.*")))                     # no longer needed: removed
+
+    def test_a_saved_state_is_whole_or_as_it_was_and_guards_its_run(self):
+        flags = [*write_world(self.tmp, little_llama(torch.float32)), "--out", self.tmp / "run", "--save_every", 1]
+        self.broken_off(2, *flags)
+        state = self.tmp / "run.state.safetensors"
+        kept = state.read_bytes()
+        with safe_open(state, "pt") as file:                              # any reader of safetensors can read it
+            self.assertEqual(file.get_tensor("step.model.norm.weight"), 1)
+            self.assertEqual(file.get_slice("exp_avg.lm_head.weight").get_shape(), [len(words()), 16])
+        self.run_here(*flags, said="--resume")
+        self.run_here(*flags, "--resume", "--lr", 1e-3, said="--lr 0.0003")
+        count = itertools.count()
+        with mock.patch.object(evaluate, "whole", side_effect=lambda t: t if next(count) < 20 else exit("full disk")):
+            TestScripts.here(self, "unlearn.py", *flags, "--resume")               # breaks off in the middle
+        self.assertEqual(state.read_bytes(), kept)
+        self.run_here(*flags, "--resume")
+        self.assertFalse(state.exists())
 
 
 # ---- data/tiny --------------------------------------------------------------------------------------------

@@ -12,18 +12,21 @@ OUT/model.safetensors, OUT/config.json, the tokenizer, OUT/result.json (args, me
 OUT/relearn.json. Next: relearn.py attacks the result with other budgets, evaluate.py compares runs. UE = 1 -
 accuracy on questions about the forget set (four choices: .75 is chance), UT = accuracy on the rest.
 """
-import argparse, copy, math, os, random, re, shutil, subprocess, sys, time
+import argparse, functools, json, math, os, random, re, shutil, subprocess, sys, time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import evaluate, relearn
-from evaluate import (IGNORE, InputError, collate, context_of, encode, encode_rows, load_model, logits_of,
-                      make_parser, number, one_line_errors, provenance, read_jsonl, show, text_row,
-                      token_logps, write_json)
-from sam import CR, GP, RS, SAM, WA, accumulator, kernel_file, operations, plain
+from evaluate import (CHUNK, IGNORE, InputError, all_max, all_sum, alters_logits, barrier, blocks, chunk_rows,
+                      collate, context_of, encode, encode_rows, in_turns, join_processes, load_model,
+                      logits_of, make_parser, number, one_line_errors, over_labels, own_part, processes,
+                      provenance, read_jsonl, show, text_row, token_logps, warn, whole, with_head, write_json)
+from sam import (CR, GP, RS, SAM, WA, accumulator, kernel_file, local, local_rows, operations, plain)
 
 TINY = Path(__file__).resolve().parent / "data" / "tiny"
 # Shapes: B samples, T tokens, V vocabulary, D width.
@@ -38,20 +41,51 @@ def resolve_data(data, seed):
             raise InputError(f"--data {data}: no such folder (data/README.md has the formats)")
         return Path(data)
     folder = Path(os.path.relpath(TINY / f"seed{seed}"))
-    if not (folder / "target" / "result.json").exists():
+    if processes()[0] == 0 and not (folder / "target" / "result.json").exists():
         subprocess.run([sys.executable, str(TINY / "prepare.py"), "--seed", str(seed)], check=True)
+    barrier()
     return folder
 
 
 def save_run(out, model, tokenizer, result):
     """Write a whole run folder under a temporary name, then put it in the place of `out`."""
-    tmp = out.with_name(f"{out.name}.tmp{os.getpid()}")
-    model.save_pretrained(tmp)
-    tokenizer.save_pretrained(tmp)
-    write_json(tmp / "result.json", result)
-    if out.exists():
-        shutil.rmtree(out)
-    tmp.rename(out)
+    tmp, gathered = out.with_name(f"{out.name}.tmp{os.getpid()}"), {}
+    for p in model.state_dict(keep_vars=True).values() if processes()[1] > 1 else ():
+        if id(p) not in gathered:            # tied weights once; all processes gather, the first one keeps
+            gathered[id(p)] = whole(p).cpu() if processes()[0] == 0 else whole(p).new_empty(0)
+    if processes()[0] == 0:
+        weights = {n: gathered[id(p)] for n, p in model.state_dict(keep_vars=True).items()} if gathered else None
+        model.save_pretrained(tmp, state_dict=weights)
+        tokenizer.save_pretrained(tmp)
+        write_json(tmp / "result.json", result)
+        if out.exists():
+            shutil.rmtree(out)
+        tmp.rename(out)
+    barrier()
+
+
+def write_tensors(path, tensors, note):
+    """Write {name: tensor} and note (JSON) as one safetensors file, whole or not at all. Sharded tensors are
+    gathered and written one after the other, so that the largest is all the memory it takes."""
+    names = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+    header, end, first = {"__metadata__": {"note": json.dumps(note)}}, 0, processes()[0] == 0
+    for name, t in tensors.items():
+        size = t.numel() * t.element_size()
+        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [end, end + size]}
+        end += size
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+    tmp = Path(f"{path}.tmp{os.getpid()}")
+    with open(tmp if first else os.devnull, "wb") as f:
+        f.write(len(header).to_bytes(8, "little") + header)
+        for t in tensors.values():
+            t = whole(t)                                          # every process takes part
+            if first:
+                t.reshape(-1).view(torch.uint8).cpu().numpy().tofile(f)
+        f.flush()
+        if first:
+            os.fsync(f.fileno())
+            tmp.replace(path)
 
 
 def shuffled(n, size, rng):
@@ -65,12 +99,14 @@ def shuffled(n, size, rng):
 
 
 def micro_batches(samples, picks, size, pad, device, ref=None):
-    """The picked samples, collated in batches of at most `size`; each carries its part of ref (N,)."""
+    """This process's part of the picked samples, collated in batches of at most `size` over all processes; each
+    carries its part of ref (N,) and a weight: 0 if it only stands in, see evaluate.own_part."""
     out = []
     for i in range(0, len(picks), size):
-        out.append(collate([samples[j] for j in picks[i:i + size]], pad, device))
+        part, weight = own_part(picks[i:i + size])
+        out.append(collate([samples[j] for j in part], pad, device) | {"weight": weight})
         if ref is not None:
-            out[-1]["ref"] = ref[picks[i:i + size]].to(device)                                         # (B,)
+            out[-1]["ref"] = ref[part].to(device)                                                      # (B,)
     return out
 
 
@@ -103,18 +139,24 @@ def forget_loss(name, logps, ref=None, beta=0.1, margin=0.0, chosen=None, chosen
 
 def kl_sum(model, frozen, batch):
     """Sum over the labelled tokens of KL(frozen || model) over the whole vocabulary; the caller divides."""
-    mask = batch["labels"][:, 1:] != IGNORE                                                         # (B, T-1)
+    mask, size = batch["labels"][:, 1:] != IGNORE, chunk_rows(model, batch)                         # (B, T-1)
+
+    def kl(p, q):                                                                                # (labels, V)
+        p, q = (x.to(accumulator(x.dtype)).log_softmax(-1) for x in (p, q))
+        return F.kl_div(p, q, log_target=True, reduction="sum").reshape(1)
+    if size and not alters_logits(model):
+        with torch.no_grad():
+            hidden = with_head(frozen, batch, lambda h, _: h[:, :-1][mask]).logits               # (labels, D)
+        head = frozen.get_output_embeddings()
+        return over_labels(model, batch, size, lambda p, h: kl(p, head(h)), hidden).sum()
     with torch.no_grad():
-        q = logits_of(frozen, batch)[mask]                                                       # (labels, V)
-    p = logits_of(model, batch)[mask]
-    p, q = (x.to(accumulator(x.dtype)).log_softmax(-1) for x in (p, q))
-    return F.kl_div(p, q, log_target=True, reduction="sum")
+        q = logits_of(frozen, batch)[mask]
+    return kl(logits_of(model, batch)[mask], q).sum()
 
 
 def hidden_states(model, batch, layer):
     """(B, T, D) output of decoder layer `layer`, counted from 0."""
-    out = model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                           output_hidden_states=True, use_cache=False)
+    out = with_head(model, batch, lambda hidden, _: hidden.detach(), output_hidden_states=True)    # no logits
     return out.hidden_states[layer + 1]
 
 
@@ -128,7 +170,8 @@ def forget_backward(model, micro, chosen, args, goal=None):
     """Forward and backward of the whole forget batch, added to p.grad; returns its loss (0-dim). `micro` is a
     list of micro-batches, `chosen` their preferred answers (dpo only). Each is divided by the count of the
     whole batch, so the split changes nothing."""
-    count = sum(b["attention_mask"].sum() if args.loss == "rmu" else len(b["labels"]) for b in micro)
+    count = all_sum(sum(b["weight"] * (b["attention_mask"].sum() if args.loss == "rmu" else len(b["labels"]))
+                        for b in micro), model.device)
     total = 0.0
     for batch, other in zip(micro, chosen or [{}] * len(micro)):
         if args.loss == "rmu":
@@ -138,21 +181,22 @@ def forget_backward(model, micro, chosen, args, goal=None):
             other_logps = sample_logps(model, other, args.reduce) if other else None
             loss = forget_loss(args.loss, logps, batch.get("ref"), args.beta, args.margin, other_logps,
                                other.get("ref")).sum()
-        loss = loss / count
+        loss = loss * batch["weight"] / count
         loss.backward()
         total = total + loss.detach()
-    return total
+    return all_sum(total, model.device)
 
 
 def retain_backward(model, micro, args, frozen=None):
     """Forward and backward of the weighted retain loss, added to p.grad; returns it without the weight."""
     weight, total = args.gamma, 0.0
     if args.loss == "rmu":
-        weight, count = args.rmu_alpha, sum(b["attention_mask"].sum() for b in micro)
+        weight, counted = args.rmu_alpha, [b["attention_mask"] for b in micro]
     elif args.retain == "none":
         return total
     else:
-        count = sum((b["labels"][:, 1:] != IGNORE).sum() for b in micro)
+        counted = [b["labels"][:, 1:] != IGNORE for b in micro]
+    count = all_sum(sum(b["weight"] * c.sum() for b, c in zip(micro, counted)), model.device)
     for batch in micro:
         if args.loss == "rmu":
             with torch.no_grad():
@@ -162,18 +206,21 @@ def retain_backward(model, micro, args, frozen=None):
             loss = kl_sum(model, frozen, batch)
         else:
             loss = -token_logps(model, batch)[0].sum()                                                 # nll
-        loss = loss / count
+        loss = loss * batch["weight"] / count
         (weight * loss).backward()
         total = total + loss.detach()
-    return total
+    return all_sum(total, model.device)
 
 
 @torch.no_grad()
 def reference_logps(model, samples, args, pad):
     """(N,) log-probability of every sample under the model as it is now: kept instead of a second model."""
-    order = range(len(samples))
-    return torch.cat([sample_logps(model, batch, args.reduce).cpu() for batch in tqdm(
-        micro_batches(samples, order, args.micro_batch, pad, args.device), desc="reference", leave=False)])
+    out = torch.full((len(samples),), -math.inf, dtype=accumulator(model.dtype))
+    size, indices = args.micro_batch, list(range(len(samples)))
+    for _, picks in in_turns([indices[i:i + size] for i in tqdm(indices[::size], "reference", leave=False)]):
+        batch = collate([samples[j] for j in picks], pad, model.device)
+        out[picks] = sample_logps(model, batch, args.reduce).cpu()
+    return all_max(out, model.device)
 
 
 # ---- the pieces of a run ----------------------------------------------------------------------------------
@@ -210,6 +257,75 @@ def make_smoother(args, named):
     return plain
 
 
+def make_optimizer(args, params, adamw=None):
+    """AdamW: that of kernels/adamw.py where the module is given, else torch's, whose states take the weights'
+    dtype; fused on a GPU, which saves a copy of the weights."""
+    if adamw:
+        return adamw.AdamW(params, args.lr, weight_decay=args.weight_decay, seed=args.seed, triton=args.triton,
+                           state_dtype=getattr(torch, args.state_dtype),
+                           stochastic_rounding=args.stochastic_rounding)
+    return torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay,
+                             fused=True if params[0].is_cuda else None)
+
+
+def recompute_blocks(model):
+    """Gradient checkpointing: keep only a decoder layer's input, and run it again in the backward pass."""
+    if not blocks(model):
+        raise InputError(f"--gradient_checkpointing: {type(model).__name__} does not name its layers; drop it")
+    for block in blocks(model):
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def activation_bytes(model, samples, args, pad):
+    """Estimate of what a pass over the largest micro-batch keeps for its backward pass: in the blocks, as
+    measured on the longest sample, and in the output layer three times the fp32 logits of a chunk."""
+    longest, config, kept = max(samples, key=lambda s: len(s[0])), model.config.get_text_config(), {}
+    width, depth = config.hidden_size, config.num_hidden_layers
+
+    def pack(t):
+        weights = {local(p).untyped_storage().data_ptr() for p in model.parameters()}
+        if t.untyped_storage().data_ptr() not in weights:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = with_head(model, collate([longest], pad, model.device), lambda hidden, _: hidden.clone())
+    size, token = model.dtype.itemsize, sum(kept.values()) / out.logits.shape[1]
+    if args.gradient_checkpointing:                           # each block's input, and the inside of one block
+        token = depth * width * size + token / depth
+    tokens = -(-args.micro_batch // processes()[1]) * len(longest[0])
+    rows = min(tokens, max(1, CHUNK // config.vocab_size))
+    gathered = 0
+    if processes()[1] > 1:                                    # two blocks at a time, and what is in no block
+        inside = [sum(p.numel() for p in b.parameters()) for b in blocks(model)]
+        gathered = sum(p.numel() for p in model.parameters()) - sum(inside) + 2 * max(inside, default=0)
+    return tokens * token + 3 * 4 * rows * config.vocab_size + gathered * size
+
+
+def memory_plan(args, total, trained, activations, count=1):
+    """{part: bytes} of what a step holds in each of `count` processes; `trained` of `total` parameters train.
+
+    Not all parts peak together, so the sum is an upper bound. The interpreter itself (0.5 GB) is not in it.
+    """
+    size, state = (getattr(torch, name).itemsize for name in (args.param_dtype, args.state_dtype))
+    base, averaged = parse_smooth(args.smooth)
+    frozen = args.loss == "rmu" or args.retain == "kl"
+    aside = {"none": 0, "sam": 1, "rs": 1, "gp": 2, "cr": 5}[base]        # copies of weights or of gradients
+    plan = {"weights": total * size * (1 + frozen), "gradients": trained * size,
+            "put aside": aside * trained * size, "optimizer": 2 * trained * state, "average": 4 * trained * averaged}
+    return {k: v / count for k, v in plan.items() if v} | {"activations": activations}
+
+
+def plan_line(plan, device):
+    """The plan as one line, and a second one with what to do where it is more than the device has."""
+    cuda = torch.device(device).type == "cuda"
+    room = torch.cuda.mem_get_info(device)[1] if cuda else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    need, parts = sum(plan.values()), ", ".join(f"{k} {v / 1e9:.2f}" for k, v in plan.items())
+    line = (f"needs {need / 1e9:.2f} GB ({parts}) in each of {processes()[1]} processes on "
+            f"{torch.cuda.get_device_name(device) if cuda else 'cpu'} with {room / 1e9:.0f} GB")
+    return line + ("" if need < room else "\nthat is too much: try --gradient_checkpointing, a smaller --micro_batch, "
+                   "--param_dtype bfloat16, or torchrun with more GPUs")
+
+
 def matching(named, flag, pattern):
     """The (name, parameter) pairs whose name contains a match of pattern."""
     some = [(n, p) for n, p in named if re.search(pattern, n)]
@@ -223,6 +339,37 @@ def learning_rate(step, steps, peak, warmup, decay):
     """Rate of a step counted from 0: linear warm-up over the share `warmup`, then constant or linear to 0."""
     ramp = min(1.0, (step + 1) / max(1, round(warmup * steps)))
     return peak * ramp * (1 - step / steps if decay == "linear" else 1.0)
+
+
+def state_tensors(named, optimizer, average):
+    """{name: tensor} of all that changes from step to step: weights, optimizer states, averaged weights."""
+    tensors = {f"weights.{n}": p for n, p in named}
+    tensors |= {f"{key}.{n}": t for n, p in named for key, t in optimizer.state[p].items()}
+    return tensors | {f"mean.{n}": m for (n, _), m in zip(named, average.mean if average and average.mean else [])}
+
+
+@torch.no_grad()
+def resume(path, args, named, optimizer, smoother, average):
+    """Put the state that write_tensors saved in place, for any number of processes; returns its note."""
+    with safe_open(path, "pt") as file:
+        note = json.loads(file.metadata()["note"])
+        for key in note["args"].keys() - {"out", "overwrite", "resume", "save_every", "relearn", "device", "micro_batch"}:
+            if note["args"][key] != vars(args)[key]:
+                raise InputError(f"--resume: {path} was written with --{key} {note['args'][key]}, now it is "
+                                 f"{vars(args)[key]}: give the same flags, or remove the file to start again")
+        for _, p in named:                                        # a step that moves nothing allocates the states
+            p.grad = torch.zeros_like(p)
+        optimizer.param_groups[0]["lr"] = 0.0
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if average and note["averaged"]:
+            average.update()
+            average.count = note["averaged"]
+        for name, t in state_tensors(named, optimizer, average).items():
+            local(t).copy_(local_rows(t, file.get_slice(name)))   # a process reads its own rows only
+    if isinstance(smoother, RS):
+        smoother.draws = note["draws"]
+    return note
 
 
 def precision_warning(applied, cosine, radius, dtype):
@@ -252,6 +399,10 @@ def parse_args(argv=None):
                    help="SAM, noise, averages and AdamW by kernels/ (default: when the weights are on a GPU)")
     p.add_argument("--stochastic_rounding", action=flag, default=False,
                    help="of the weights, for --param_dtype bfloat16, which else swallows small steps")
+    p.add_argument("--state_dtype", choices=["float32", "bfloat16"], default=None,
+                   help="of AdamW's two states (default: as the weights); another one takes kernels/adamw.py")
+    p.add_argument("--gradient_checkpointing", action=flag, default=False,
+                   help="keep a layer's input only and run it again in the backward pass: less memory, 4/3 the time")
     # the objective; "7B" is what the paper used for Zephyr-7B on WMDP-Bio
     p.add_argument("--loss", choices=["npo", "graddiff", "ga", "simnpo", "dpo", "rmu"], default="npo",
                    help="on the forget set; ga has no retain term, dpo needs rows with prompt and completion")
@@ -290,7 +441,7 @@ def parse_args(argv=None):
     p.add_argument("--batch_size", type=some, default=32,
                    help="forget samples, and as many retain, a step; 7B: 4")
     p.add_argument("--micro_batch", type=number(int, 0), default=0,
-                   help="samples a pass (0 = batch_size); same update")
+                   help="samples a pass, over all processes (0 = batch_size); same update")
     p.add_argument("--lr", type=above, default=3e-4, help="of AdamW; 7B: 5e-6")
     p.add_argument("--warmup", type=real, default=0.1, help="share of the steps")
     p.add_argument("--decay", choices=["none", "linear"], default="none", help="after warm-up; 7B: linear")
@@ -301,6 +452,9 @@ def parse_args(argv=None):
         help="train only matching parameters (default all; rmu: down_proj of its layer and two below)")
     p.add_argument("--max_len", type=number(int, 0), default=0,
                    help="cut samples to so many tokens (0: too long = error)")
+    p.add_argument("--save_every", type=number(int, 0), default=0,
+                   help="steps between saves of the state in OUT.state.safetensors (0: none); removed at the end")
+    p.add_argument("--resume", action=flag, default=False, help="go on from that file, if it is there")
     # measuring
     p.add_argument("--stop_ue", type=real, default=0.0, help="stop once UE reaches this (0 = fixed steps)")
     p.add_argument("--eval_every", type=number(int, 0), default=0,
@@ -327,6 +481,7 @@ def parse_args(argv=None):
         fix = {"ga": "ga has none; use --loss graddiff", "rmu": "rmu brings its own, --rmu_alpha; drop it"}
         raise InputError(f"--retain {args.retain}: {fix[args.loss]}")
     args.retain = args.retain or ("none" if args.loss in ("ga", "rmu") else "nll")
+    args.state_dtype = args.state_dtype or args.param_dtype
     args.micro_batch = args.micro_batch or args.batch_size
     args.wa_start = args.steps * 4 // 5 if args.wa_start < 0 else args.wa_start
     if averaged and args.wa_start >= args.steps:
@@ -337,6 +492,8 @@ def parse_args(argv=None):
     args.out = args.out or f"out/{args.loss}{suffix}-s{args.seed}"
     if Path(args.out).exists() and not args.overwrite:
         raise InputError(f"--out {args.out} exists: choose another name, or replace it with --overwrite")
+    if Path(f"{args.out}.state.safetensors").exists() and not args.resume and not args.overwrite:
+        raise InputError(f"{args.out}.state.safetensors: a run was broken off; go on with --resume, or remove it")
     return args
 
 
@@ -344,6 +501,7 @@ if __name__ == "__main__":
     with one_line_errors():
         # -- setup
         args, start = parse_args(), time.time()
+        join_processes(args.device)
         folder, out = resolve_data(args.data, args.seed), Path(args.out)
         args.data = str(folder)
         args.model = args.model or (str(folder / "target") if folder.resolve().parent == TINY else None)
@@ -363,7 +521,8 @@ if __name__ == "__main__":
         try:
             ops, why = operations(list(model.parameters()), args.triton)
             args.triton = ops.__name__ != "torch"
-            adamw = kernel_file("adamw") if args.triton or args.stochastic_rounding else None
+            own = args.triton or args.stochastic_rounding or args.state_dtype != args.param_dtype
+            adamw = kernel_file("adamw") if own else None
         except (ValueError, ImportError, FileNotFoundError) as e:
             raise InputError(f"--triton {args.triton} --stochastic_rounding {args.stochastic_rounding}: {e}; "
                              "mend this or use --no-triton")
@@ -390,7 +549,9 @@ if __name__ == "__main__":
         if args.loss in ("npo", "dpo"):
             ref = reference_logps(model, forget, args, pad)
         if args.loss == "rmu" or args.retain == "kl":
-            frozen = copy.deepcopy(model).requires_grad_(False)    # the only two that need a second model
+            frozen = load_model(args.model, args.device, model.dtype)[0].requires_grad_(False)
+            if processes()[1] > 1:
+                frozen.set_reshard_after_forward(False, recurse=False)       # it never changes, and kl_sum needs it
         if args.loss == "rmu":
             depth = model.config.num_hidden_layers
             args.rmu_layer = depth * 7 // 32 if args.rmu_layer < 0 else args.rmu_layer
@@ -411,16 +572,23 @@ if __name__ == "__main__":
         smoother = make_smoother(args, named)
         average = WA(params, args.triton) if parse_smooth(args.smooth)[1] else None
         radius = {SAM: args.sam_rho, GP: args.gp_radius, CR: args.cr_mu}.get(type(smoother))
-        if adamw:
-            optimizer = adamw.AdamW(params, args.lr, weight_decay=args.weight_decay, seed=args.seed,
-                                    stochastic_rounding=args.stochastic_rounding, triton=args.triton)
-        else:
-            optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay)
+        optimizer = make_optimizer(args, params, adamw)
+        plan = memory_plan(args, sum(p.numel() for p in model.parameters()), sum(p.numel() for p in params),
+                           activation_bytes(model, forget + retain + (chosen or []), args, pad), processes()[1])
+        print(plan_line(plan, args.device))
+        if args.gradient_checkpointing:
+            recompute_blocks(model)
 
         # -- the loop
         forget_picks, retain_picks = (shuffled(len(s), args.batch_size, rng) for s in (forget, retain))
-        curve, warning = [], None
-        bar = tqdm(range(args.steps), desc=f"{args.loss}+{args.smooth}", unit="step")
+        curve, warning, done, state_file = [], None, 0, Path(f"{out}.state.safetensors")
+        if args.resume and state_file.exists():
+            note = resume(state_file, args, named, optimizer, smoother, average)
+            curve, warning, done = note["curve"], note["warning"], len(note["curve"])
+            for _ in range(done):
+                next(forget_picks), next(retain_picks)             # the batches that were seen
+        out.parent.mkdir(parents=True, exist_ok=True)
+        bar = tqdm(range(done, args.steps), f"{args.loss}+{args.smooth}", args.steps, initial=done, unit="step")
         for step in bar:
             tick = time.time()
             lr = learning_rate(step, args.steps, args.lr, args.warmup, args.decay)
@@ -432,7 +600,7 @@ if __name__ == "__main__":
             # the smoothed forget gradient goes into p.grad, and the retain gradient at theta on top of it
             f_loss = smoother(lambda: forget_backward(model, f_micro, c_micro, args, goal))
             r_loss = retain_backward(model, r_micro, args, frozen)
-            norm = torch.nn.utils.clip_grad_norm_(params, args.clip or math.inf)
+            norm = whole(torch.nn.utils.clip_grad_norm_(params, args.clip or math.inf))
 
             values = {"forget": f_loss, "retain": r_loss, "grad_norm": norm, **getattr(smoother, "stats", {})}
             numbers = [torch.as_tensor(v, dtype=torch.float32, device=norm.device) for v in values.values()]
@@ -449,7 +617,7 @@ if __name__ == "__main__":
             if radius and not warning and point["norm"] > 0:
                 warning = precision_warning(point["applied_norm"], point["cosine"], radius, args.param_dtype)
                 if warning:
-                    tqdm.write(warning, file=sys.stderr)
+                    warn(warning)
             if args.eval_every and "mcq_forget" in questions and (step + 1) % args.eval_every == 0:
                 point["UE"] = evaluate.ue_ut(model, tokenizer, questions, only_forget=True)["UE"]
             curve.append(point)
@@ -457,17 +625,21 @@ if __name__ == "__main__":
             bar.set_postfix({k: f"{point[k]:.3g}" for k in watched})
             if args.stop_ue and point.get("UE", 0) >= args.stop_ue:
                 break
+            if args.save_every and (step + 1) % args.save_every == 0:
+                write_tensors(state_file, state_tensors(named, optimizer, average), {
+                    "args": vars(args), "curve": curve, "warning": warning,
+                    "draws": getattr(smoother, "draws", 0), "averaged": average.count if average else 0})
         if average and not average.count:
-            print(f"wa: stopped before step {args.wa_start}, so nothing was averaged", file=sys.stderr)
+            warn(f"wa: stopped before step {args.wa_start}, so nothing was averaged")
         if average:
             average.swap()                                    # the mean is what is scored, saved and attacked
 
         # -- score, save, attack
         after = evaluate.ue_ut(model, tokenizer, questions)
-        out.parent.mkdir(parents=True, exist_ok=True)
         result = {"stage": "unlearn", "args": vars(args), **provenance(args.device, start),
-                  "metrics": {"before": before, "after": after}, "curve": curve}
+                  "plan_gb": {k: round(v / 1e9, 4) for k, v in plan.items()}, "metrics": {"before": before, "after": after}, "curve": curve}
         save_run(out, model, tokenizer, result)
+        state_file.unlink(missing_ok=True)
         for name, scores in (("before", before), ("after", after)):
             print(f"{name:7s} UE {show(scores['UE'])}  UT {show(scores['UT'])}")
         if args.relearn:

@@ -270,15 +270,16 @@ class AdamW(torch.optim.Optimizer):
                 continue
             state = self.state[p]
             if not state:
-                state.update(step=0, exp_avg=torch.zeros_like(p, dtype=self.state_dtype),
+                state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p, dtype=self.state_dtype),
                              exp_avg_sq=torch.zeros_like(p, dtype=self.state_dtype))
             four = p, p.grad, state["exp_avg"], state["exp_avg_sq"]
             rows.append([t.to_local() if hasattr(t, "to_local") else t for t in four])      # FSDP: its shard
-            numbers.append(scalars(state["step"] + 1, group["lr"], group["betas"], group["eps"],
+            numbers.append(scalars(int(state["step"]) + 1, group["lr"], group["betas"], group["eps"],
                                    group["weight_decay"]))
             tensors.append(tensor + (shard(p) << 20))
             states.append(state)
-        steps, seed = [state["step"] + 1 for state in states], self.seed if self.stochastic_rounding else None
+        steps = [int(state["step"]) + 1 for state in states]                  # 0-dim on the CPU: no GPU waits
+        seed = self.seed if self.stochastic_rounding else None
         if self.triton or (self.triton is None and rows and all(p.is_cuda for p, _ in every)):
             adamw_(rows, numbers, tensors, steps, seed)
         else:

@@ -300,7 +300,7 @@ class AdamW(torch.optim.Optimizer):
         for i, (p, _) in zip(ids, [(p, g) for g in self.param_groups for p in g["params"]]):
             for key, x in state_dict["state"].get(i, {}).items():
                 if torch.is_tensor(x):
-                    self.state[p][key] = x.to(p.device, copy=True)
+                    self.state[p][key] = x.to("cpu" if key == "step" else p.device, copy=True)
 
 
 # ---- what shows that it is fast: read the compiled code, or measure ---------------------------------------

@@ -35,7 +35,7 @@ LETTERS = ("The following are multiple choice questions (with answers) about {su
            "A. {0}\nB. {1}\nC. {2}\nD. {3}\nAnswer:")      # the prompt of lm-evaluation-harness, 0-shot
 QA = "Question: {question}\nAnswer: {answer}"               # where meta.json has no "qa_prompt"
 PASS_TOKENS = 8192                           # most tokens of a pass, with its padding: bounds memory
-CHUNK = 2**24                                # most logits held at once where more rows can wait: 64 MB in fp32
+CHUNK = 2**24                                # most logits held at once in training: 64 MB in fp32
 # Shapes: B samples, T tokens, V vocabulary, D width. unlearn.py and relearn.py read data and models with this
 # file; data/*/prepare.py read with it what others published.
 
@@ -199,8 +199,9 @@ def load_model(name, device="cpu", dtype=torch.float32):
         barrier()
     rows = model.get_input_embeddings().num_embeddings
     if (tokenizer.pad_token_id or 0) >= rows:
-        raise InputError(f"model {name}: its pad token {tokenizer.pad_token!r} has the id {tokenizer.pad_token_id}, "
-                         f"but the model has {rows} embeddings; set pad_token to null in tokenizer_config.json")
+        raise InputError(f"model {name}: its pad token {tokenizer.pad_token!r} has the id "
+                         f"{tokenizer.pad_token_id}, but the model has {rows} embeddings; set pad_token to "
+                         "null in tokenizer_config.json")
     # eval mode: with dropout the two passes of SAM, and the cached reference, would see different networks
     return model.to(device).eval(), tokenizer
 
@@ -244,7 +245,7 @@ def blocks(model):
 
 
 def shard(model, device):
-    """Spread the weights over the processes with FSDP2, which gathers a block when it runs; gradients add up."""
+    """Spread the weights over the processes by FSDP2, which gathers a block to run it; gradients add up."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     mesh = init_device_mesh(torch.device(device).type, (processes()[1],))
@@ -451,8 +452,8 @@ def alters_logits(model):
                             lambda hidden, _: seen.append(hidden) or hidden).logits
         model.logits_altered = not torch.equal(out.to(seen[0].dtype), seen[0])
         if model.logits_altered:
-            warn(f"{type(model).__name__} changes its logits behind the output layer, so the loss needs all of "
-                 "them at once: memory grows with tokens x vocabulary (--micro_batch bounds it)")
+            warn(f"{type(model).__name__} changes its logits behind the output layer, so the loss needs all "
+                 "of them at once: memory grows with tokens x vocabulary (--micro_batch bounds it)")
     return model.logits_altered
 
 
@@ -508,8 +509,8 @@ def progress(total, desc):
 
 @torch.no_grad()
 def label_logits(model, tokenizer, samples, batch=64, desc="scoring"):
-    """(index, (n, V) logits, (n,) labels) of this process's part of encoded samples: what the model says where
-    a label is due. Logits of other positions, almost all of B x T x V on questions, are never computed.
+    """(index, (n, V) logits, (n,) labels) of this process's part of encoded samples: what the model says
+    where a label is due. Logits of other positions, most of B x T x V on questions, are never computed.
     """
     bar = progress(len(samples), desc)
     for _, part in in_turns(list(batches([len(ids) for ids, _ in samples], batch))):
@@ -1633,11 +1634,11 @@ if __name__ == "__main__":
         relearned = [k for k in keys if " " in k]    # "UE 20" and so on: a table of their own for each prefix
         prefixes = list(dict.fromkeys(k.rsplit(" ", 1)[0] for k in relearned))
         texts = [k for k in keys if k.startswith(("ppl_", "es_", "em_"))]
-        blocks = [("scores", [k for k in keys if k not in relearned + texts]),
-                  ("corpora: perplexity, extraction strength, exact memorisation", texts)] + [
+        parts = [("scores", [k for k in keys if k not in relearned + texts]),
+                 ("corpora: perplexity, extraction strength, exact memorisation", texts)] + [
             (prefix + " after relearning" * (prefix in ("UE", "held out", "UT")),
              [k for k in relearned if k.rsplit(" ", 1)[0] == prefix]) for prefix in prefixes]
-        for title, block in [b for b in blocks if b[1]]:
+        for title, block in [part for part in parts if part[1]]:
             print(f"\n{title}")
             lines = [["method", "seeds"] + [k.rsplit(" ", 1)[-1] for k in block]]
             for name, m in out["methods"].items():

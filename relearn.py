@@ -173,8 +173,8 @@ def attack(model, tokenizer, rows, questions, args):
 
 
 def worst_case(metrics, drop):
-    """Of the budgets that differ only in lr the one with the lowest UE, which an attacker would choose, as long
-    as UT stays within `drop` of the start: a ruined model is no success. No entry where no lr does that."""
+    """Of the budgets that differ only in lr the one with the lowest UE, which an attacker would choose, as
+    long as UT stays within `drop` of the start: a ruined model is no success. No entry where none does."""
     floor, worst = (metrics["start"]["UT"] or 0) - drop, {}
     for b in sorted(metrics["budgets"], key=lambda b: b["UE"] or 0):
         if b["UT"] is None or b["UT"] >= floor:
@@ -254,6 +254,8 @@ def main(args, model=None, tokenizer=None):
     path = Path(args.data) / f"{args.attack_data}.jsonl" if named else args.attack_data
     rows = None if args.attack == "compress" else read_jsonl(path, text_row)
     questions = evaluate.load_questions(args.data)
+    if (args.lora or args.attack == "compress") and processes()[1] > 1:
+        raise InputError("--lora, --quantize and --prune need whole weights in one process: run without torchrun")
     if model is None:
         model, tokenizer = load_model(args.run, args.device, getattr(torch, args.param_dtype))
     metrics = (attack(model, tokenizer, rows, questions, args) if rows else

@@ -255,7 +255,7 @@ def main(args, model=None, tokenizer=None):
     rows = None if args.attack == "compress" else read_jsonl(path, text_row)
     questions = evaluate.load_questions(args.data)
     if (args.lora or args.attack == "compress") and processes()[1] > 1:
-        raise InputError("--lora, --quantize and --prune need whole weights in one process: run without torchrun")
+        raise InputError("--lora, --quantize and --prune need whole weights: run without torchrun")
     if model is None:
         model, tokenizer = load_model(args.run, args.device, getattr(torch, args.param_dtype))
     metrics = (attack(model, tokenizer, rows, questions, args) if rows else

@@ -1700,8 +1700,8 @@ class TestPublishedMetrics(unittest.TestCase):
                     clocks[i] += np.array([time.time(), time.process_time()]) - before
         ours, theirs = map(torch.cat, out)
         wall, cpu = clocks[1] / clocks[0]
-        print(f"\n{count} questions, seconds of wall clock and CPU: evaluate.py {clocks[0].round(1)}, four passes "
-              f"each {clocks[1].round(1)}: {wall:.2f} and {cpu:.2f} times; largest difference of a "
+        print(f"\n{count} questions, seconds of wall clock and CPU: evaluate.py {clocks[0].round(1)}, four "
+              f"passes each {clocks[1].round(1)}: {wall:.2f} and {cpu:.2f} times; largest difference of a "
               f"log-probability {(ours - theirs).abs().max():.1e}; choices "
               f"{dict(sorted(Counter(ours.argmax(1).tolist()).items()))}", flush=True)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)

@@ -95,8 +95,8 @@ def ascent_(params, directions, rho, saved, reuse=True, eps=1e-12):
         wide, s = d.to(accumulator(p.dtype)), scale.to(p.device)
         old = p.to(wide.dtype)
         new = torch.where(ok.to(p.device), old + s * wide, old).to(p.dtype)
-        step = new.to(wide.dtype) - old                        # what survived the rounding
-        sums.append(torch.stack([(step * step).sum(), (step * wide).sum()]).to(norm.device))
+        step = (new.to(wide.dtype) - old).flatten()            # what survived the rounding
+        sums.append(torch.stack([step.dot(step), step.dot(wide.flatten())]).to(norm.device))
         if reuse and d.dtype == p.dtype:
             saved.append((p, d.copy_(p)))
         else:
@@ -356,3 +356,58 @@ class WA:
 def plain(closure):
     """No smoothing: p.grad <- g(theta)."""
     return closure()
+
+
+if __name__ == "__main__":
+    # What a step costs beside plain npo's, in turns with it: python sam.py [--threads N] [--steps N]
+    import argparse, resource, statistics, subprocess, sys, time
+    from transformers import LlamaConfig, LlamaForCausalLM
+    import unlearn
+
+    def llama(width, layers, vocab):
+        return LlamaForCausalLM(LlamaConfig(
+            vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=8,
+            intermediate_size=4 * width, tie_word_embeddings=False, max_position_embeddings=1024)).eval()
+
+    def steps(model, smooth, tokens, count):
+        """([seconds of each step of npo], [of npo + smooth]) on 2 forget and 2 retain samples."""
+        args = unlearn.parse_args(["--smooth", smooth, "--out", "/nowhere", "--wa_start", "0"])
+        ids = torch.randint(model.config.vocab_size, (2, tokens)).tolist()
+        forget, retain = (unlearn.micro_batches([(x, x) for x in ids], [0, 1], 2, 0, "cpu", ref)
+                          for ref in (torch.full((2,), -9.0), None))
+        params, seconds = list(model.parameters()), ([], [])
+        optimizer, average = unlearn.make_optimizer(args, params), WA(params)
+        for step in range(2 * count):
+            smoother = unlearn.make_smoother(args, list(model.named_parameters())) if step % 2 else plain
+            tick = time.perf_counter()
+            smoother(lambda: unlearn.forget_backward(model, forget, None, args))
+            unlearn.retain_backward(model, retain, args)
+            torch.nn.utils.clip_grad_norm_(params, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if smooth == "wa" and step % 2:
+                average.update()
+            seconds[step % 2].append(time.perf_counter() - tick)
+        return seconds
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=8, help="of each, after two to warm up")
+    parser.add_argument("--only", nargs=2, metavar=("SMOOTH", "TOKENS"), help="one line of the table")
+    args = parser.parse_args()
+    if not args.only:
+        print("tokens  smoother  s/step  x npo  x npo, floor  bytes a parameter", flush=True)
+        for tokens in ("128", "512"):
+            for smooth in ("none", "sam", "rs", "gp", "cr", "wa"):           # a process each: the peak is its own
+                subprocess.run([sys.executable, __file__, "--only", smooth, tokens, "--threads", str(args.threads),
+                                "--steps", str(args.steps)], check=True)
+        sys.exit()
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    (smooth, tokens), floor = args.only, {"none": 6, "wa": 6, "sam": 9, "rs": 12, "gp": 9, "cr": 15}
+    steps(llama(64, 1, 512), smooth, 16, 2)                                  # loads every library
+    base, model = peak(), llama(512, 8, 8192)
+    npo, other = (statistics.median(s[2:]) for s in steps(model, smooth, int(tokens), args.steps + 2))
+    print(f"2 x {tokens}  {smooth:8s}  {other:6.2f}  {other / npo:5.2f}  {floor[smooth] / 6:12.2f}  "
+          f"{(peak() - base) / sum(p.numel() for p in model.parameters()):17.1f}", flush=True)

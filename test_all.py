@@ -2778,6 +2778,88 @@ class TestScale(unittest.TestCase):
         self.run_here(*flags, "--resume")
         self.assertFalse(state.exists())
 
+    def test_two_processes_under_torchrun_do_what_one_does(self):
+        """FSDP2 over gloo, an odd number of rows in some weights: every smoother, micro-batches that leave a
+        process without samples, a frozen second model, tied weights, chunks of logits, saving, resuming with
+        another number of processes, relearning, scoring. In one launch, since starting takes longest."""
+        flags = write_world(self.tmp, little_llama(torch.float32, vocab_size=len(words()) + 2))
+        tied = write_world(self.tmp / "tied", little_llama(torch.float32, tie_word_embeddings=True)) \
+            if (self.tmp / "tied").mkdir() is None else None
+        jobs = {s: [*flags, "--smooth", s] for s in ("none", "sam", "rs", "gp", "cr")}
+        jobs |= {"wa": [*flags, "--smooth", "sam+wa", "--wa_start", 1, "--wa_every", 2],
+                 "kl": [*tied, "--retain", "kl", "--micro_batch", 1], "rmu": [*flags, "--loss", "rmu", "--micro_batch", 2],
+                 "dpo": [*flags, "--loss", "dpo", "--gradient_checkpointing"]}
+        for name, job in jobs.items():
+            self.run_here(*job, "--out", self.tmp / f"one-{name}")
+        self.broken_off(4, *jobs["wa"], "--save_every", 2, "--out", self.tmp / "two-resumed")
+        plan = [["unlearn.py", *map(str, job), "--out", f"two-{name}"] for name, job in jobs.items()]
+        plan += [["unlearn.py", *map(str, jobs["wa"]), "--out", "two-resumed", "--resume"],
+                 ["unlearn.py", *map(str, jobs["rs"]), "--out", "one-resumed", "--save_every", "2", "DIE"],
+                 ["relearn.py", "two-sam", "--samples", "2", "3", "--lr", "0.01"], ["evaluate.py", "two-sam", "two-cr"]]
+        (self.tmp / "plan.json").write_text(json.dumps(plan))
+        (self.tmp / "drive.py").write_text(textwrap.dedent(f"""
+            import json, runpy, sys, time, torch
+            sys.path.insert(0, {str(ROOT)!r})
+            import evaluate
+            from_pretrained, clip = evaluate.AutoModelForCausalLM.from_pretrained, torch.nn.utils.clip_grad_norm_
+            loads, held, steps = [], [], []
+            def timed(*args, **more):
+                start = time.monotonic()
+                model = from_pretrained(*args, **more)
+                loads.append([start, time.monotonic()])
+                return model
+            def load(*args):
+                model, tokenizer = load_model(*args)
+                held.append(sum(p.to_local().numel() for p in model.parameters())
+                            / sum(p.numel() for p in model.parameters()))
+                return model, tokenizer
+            def clip_or_die(*args):
+                steps.append(1)
+                if len(steps) == 4:
+                    raise KeyboardInterrupt
+                return clip(*args)
+            evaluate.AutoModelForCausalLM.from_pretrained = timed
+            load_model, evaluate.load_model = evaluate.load_model, load
+            for script, *flags in json.load(open("plan.json")):
+                evaluate.CHUNK = 100 if "--retain" in flags else 2**24        # three rows of logits at a time
+                torch.nn.utils.clip_grad_norm_ = clip_or_die if "DIE" in flags else clip
+                sys.argv = [script, *(f for f in flags if f != "DIE")]
+                try:
+                    runpy.run_path({str(ROOT)!r} + "/" + script, run_name="__main__")
+                except KeyboardInterrupt:
+                    pass
+            json.dump([loads, held], open(f"rank{{torch.distributed.get_rank()}}.json", "w"))
+            """))
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "drive.py"]
+        run = subprocess.run(launch, cwd=self.tmp, capture_output=True, text=True)
+        self.assertEqual(run.returncode, 0, run.stderr[-3000:])
+        self.run_here(*jobs["rs"], "--out", self.tmp / "one-resumed", "--resume")
+        for name in [*jobs, "resumed"]:
+            one = self.weights({"resumed": "one-rs"}.get(name, f"one-{name}"))
+            for other in [f"two-{name}"] if name != "resumed" else ["one-resumed"]:
+                two = self.weights(other)
+                self.assertEqual(one.keys(), two.keys())
+                torch.testing.assert_close(flat(two.values()), flat(one.values()), rtol=0, atol=1e-5, msg=other)
+        torch.testing.assert_close(flat(self.weights("two-resumed").values()), flat(self.weights("one-wa").values()),
+                                   rtol=0, atol=1e-5)
+        self.assertEqual(json.loads((self.tmp / "two-sam" / "result.json").read_text())["processes"], 2)
+        self.assertEqual(run.stdout.count("after   UE"), len(jobs) + 1)                  # one process prints
+
+        # relearning and scores are those of one process
+        for name, more in (("relearn.py", ["--samples", 2, 3, "--lr", 0.01]), ("evaluate.py", [])):
+            status, _, err = TestScripts.here(self, name, self.tmp / "one-sam", *more)
+            self.assertEqual(status, 0, err)
+        for file in ("relearn.json", "evaluate.json"):
+            one, two = (json.loads((self.tmp / n / file).read_text())["metrics"] for n in ("one-sam", "two-sam"))
+            one, two = (evaluate.columns(self.tmp / "none", m) if file[0] == "e" else m["budgets"] for m in (one, two))
+            self.assertEqual(json.dumps(one, default=str)[:40], json.dumps(two, default=str)[:40])
+
+        # a process keeps its part, and no two hold a whole model at once
+        (loads, held), (other_loads, _) = (json.loads((self.tmp / f"rank{r}.json").read_text()) for r in (0, 1))
+        self.assertTrue(all(0.4 < part < 0.6 for part in held))
+        self.assertEqual(len(loads), len(other_loads))
+        self.assertTrue(all(a[1] <= b[0] or b[1] <= a[0] for a in loads for b in other_loads))
+
 
 # ---- data/tiny --------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ SHARDS. Of a DTensor (FSDP) the kernels take the local tensor; sums then go thro
 The functions are those of sam.py and replace them there. The `_ref` functions say what they must compute.
 
 MEASURED: nothing on a GPU yet. On 2026-11-24 the first command, with Triton 3.9.0 and with 3.8.0 (ptxas and
-LLVM as shipped): each of 56 kernels and targets accesses global memory 16 bytes at a time in full tiles,
+LLVM as shipped): each of 60 kernels and targets accesses global memory 16 bytes at a time in full tiles,
 spills nothing and moves the floor, with at most 78 registers a thread (170 for signs as int8). test_all.py
 passes with both versions by the interpreter. The table of Mistral-7B's 291 tensors takes the host 2 ms.
 """
@@ -484,7 +484,8 @@ def variants():
             (f"restore {name}", _copy_kernel, {}, {"A": t}, [t], size, size),
             (f"noise {name}", _noise_kernel, noise, {"A": t}, [t], size, size),
             (f"mean {name}", _mean_kernel, {"count": "fp32"}, {"B": t}, [tl.float32, t], 4 + size, 4)]
-    return out
+    mixed = {"A": tl.bfloat16, "B": tl.float32, "SAVE": 3, "LINF": False}
+    return out + [("ascent l2 bf16, fp32 g", _ascent_kernel, sums, mixed, [tl.bfloat16, tl.float32], 6, 4)]
 
 
 def accesses(asm, source):

@@ -1488,7 +1488,7 @@ def pictures(folder, methods, runs, args):
             ax.plot(seen, mean, line, color=color, marker=marker, markersize=4, linewidth=1.2, label=name)
         chance(ax)
         ax.set(xlabel="forget samples relearned", ylabel=UE, ylim=(0, 1))
-        ax.legend()
+        ax.legend(loc="upper left", bbox_to_anchor=(1.15, 1))
         save("relearn_curves.png", figure)
     else:
         print("relearn_curves.png left out: run relearn.py --curve_every 1 on every run", file=sys.stderr)

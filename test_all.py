@@ -992,6 +992,7 @@ class TestAdamW(unittest.TestCase):
             step = (p.detach() - w).double()
             share[name] = (step != 0).double().mean().item()
             gain[name] = -(step * g.sign()).mean().item() / 5e-6
+        print(f"[weights moved: {share['nearest']:.3f} to nearest, {share['stochastic']:.3f} stochastic] ", end="")
         self.assertLess(share["torch"], 0.1)
         self.assertLess(share["nearest"], 0.1)
         self.assertAlmostEqual(gain["stochastic"], 1, delta=0.05)                         # 6 standard errors
@@ -1011,6 +1012,7 @@ class TestAdamW(unittest.TestCase):
                 error().backward()
                 optimizer.step(), optimizer.zero_grad()
             moved[name], loss[name] = (p.detach().float() - start.float()).flatten(), error().item() / first
+        print(f"[share of the loss left: {loss}] ", end="")
         along = {k: (m @ moved["fp32"] / moved["fp32"].square().sum()).item() for k, m in moved.items()}
         self.assertAlmostEqual(along["stochastic"], 1, delta=0.05)
         self.assertLess(along["nearest"], 0.2)

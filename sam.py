@@ -26,13 +26,16 @@ the loss at theta. p.grad must be empty before. unlearn.py is the worked example
 Precision: the perturbation is rounded to the parameter's dtype. `stats` says what was really applied: its
 norm and its cosine with v. In bf16 and with a small rho both can be far from what was asked for.
 Memory: SAM needs weights + gradient + saved weights; the ascent gradient's memory becomes the saved copy.
+Speed: with kernels/ beside this file and parameters on a GPU, each operation on the weights is one launch.
 """
+import functools, importlib.util, os, types
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 
-# ---- five operations on lists of tensors; faster kernels would replace these -------------------------------
+# ---- five operations on lists of tensors; kernels/multi_tensor.py has the same ones in Triton --------------
 
 def accumulator(dtype):
     """The dtype to compute in: fp32 for half precision and fp32, fp64 for fp64."""
@@ -132,6 +135,37 @@ def running_mean_(mean, params, count):
         m.add_((p.to(m.dtype) - m) / count)
 
 
+@functools.cache
+def kernel_file(name):
+    """kernels/NAME.py beside this file as a module: by path, as `import kernels` may find another package.
+    FileNotFoundError without the file, ImportError without triton."""
+    path = Path(__file__).resolve().parent / "kernels" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def operations(params, triton=None):
+    """(whose ascent_, restore_, noise_ and running_mean_ to use on params, why): kernels/multi_tensor.py or
+    the torch ones above. triton: True = the kernels, ValueError where they cannot run; False = torch; None =
+    the kernels if all parameters are on a GPU, or (slow, on the CPU, for tests) if TRITON_INTERPRET=1."""
+    why = "asked for" if triton is False else "the parameters are not on a GPU"
+    automatic = all(p.is_cuda for p in params) or os.environ.get("TRITON_INTERPRET") == "1"
+    if triton or (triton is None and automatic):
+        try:
+            kernels = kernel_file("multi_tensor")
+            why = kernels.usable(params)
+        except (ImportError, FileNotFoundError) as e:
+            why = str(e)
+        if why is None:
+            return kernels, "by the interpreter" if kernels.INTERPRETED else "the parameters are on a GPU"
+        if triton:
+            raise ValueError(f"the Triton kernels cannot run here: {why}")
+    return types.SimpleNamespace(__name__="torch", ascent_=ascent_, restore_=restore_, noise_=noise_,
+                                 running_mean_=running_mean_), why
+
+
 # ---- helpers on p.grad ------------------------------------------------------------------------------------
 
 def trainable(params):
@@ -164,15 +198,16 @@ class SAM:
     params: all trainable parameters; their gradients at theta must not leak into the result, so name all of
     them. rho: radius >= 0 of the L2 ball, in units of weight. perturb: a subset to perturb (None = all); v is
     normalised over the subset. flip: perturb along -g, a control that should do worse than no SAM at all.
-    stats: after a step {norm, applied_norm, cosine} as 0-dim tensors (reading one stalls a GPU).
+    triton, also below: see operations(). stats: after a step {norm, applied_norm, cosine} as 0-dim tensors
+    (reading one stalls a GPU); a norm of inf or nan says that the gradient was so and nothing moved.
     """
 
-    def __init__(self, params, rho=0.01, perturb=None, flip=False):
+    def __init__(self, params, rho=0.01, perturb=None, flip=False, triton=None):
         if not rho >= 0:
             raise ValueError(f"SAM: rho must be 0 or more, got {rho}")
         self.params, self.rho, self.sign = trainable(params), rho, -1.0 if flip else 1.0
         self.perturb = self.params if perturb is None else trainable(perturb)
-        self.saved, self.stats = [], {}
+        self.saved, self.stats, self.ops = [], {}, operations(self.params, triton)[0]
 
     def ascent(self, directions=None):
         """Move the weights by rho along `directions` ({parameter: tensor}, kept), by default along p.grad,
@@ -184,12 +219,12 @@ class SAM:
         directions = grads if own else directions
         params = [p for p in self.perturb if p in directions]
         along, radius = [directions[p] for p in params], self.sign * self.rho
-        self.stats = ascent_(params, along, radius, self.saved, reuse=own)
+        self.stats = self.ops.ascent_(params, along, radius, self.saved, reuse=own)
         self.stats["cosine"] = self.stats["cosine"] * self.sign        # with the direction asked for
 
     def restore(self):
         """Put the weights back, bit for bit."""
-        restore_(self.saved)
+        self.ops.restore_(self.saved)
 
     @contextmanager
     def perturbed(self, directions=None):
@@ -214,22 +249,22 @@ class RS:
     The k-th draw since the start is seeded by (seed, k). The loss returned is the mean over the draws.
     """
 
-    def __init__(self, params, sigma=1e-4, samples=3, seed=0):
+    def __init__(self, params, sigma=1e-4, samples=3, seed=0, triton=None):
         if not sigma >= 0 or samples < 1:
             raise ValueError(f"RS: sigma must be 0 or more and samples 1 or more, got {sigma} and {samples}")
         self.params, self.sigma, self.samples, self.seed = trainable(params), sigma, samples, seed
-        self.draws, self.stats = 0, {}
+        self.draws, self.stats, self.ops = 0, {}, operations(self.params, triton)[0]
 
     def __call__(self, closure):
         saved, losses = [(p, p.detach().clone()) for p in self.params], []
         try:
             for _ in range(self.samples):
-                noise_(self.params, self.sigma, (self.seed * 1_000_003 + self.draws) % 2**63)
+                self.ops.noise_(self.params, self.sigma, (self.seed * 1_000_003 + self.draws) % 2**63)
                 self.draws += 1
                 losses.append(closure())
-                restore_(list(saved))
+                self.ops.restore_(list(saved))
         finally:
-            restore_(saved)
+            self.ops.restore_(saved)
         for p in self.params:
             if p.grad is not None:
                 p.grad.div_(self.samples)
@@ -241,10 +276,10 @@ class GP:
     taken as (g(theta + r v) - g(theta)) / r. With lam = r it is SAM with rho = r.
     """
 
-    def __init__(self, params, lam=0.01, radius=0.01):
+    def __init__(self, params, lam=0.01, radius=0.01, triton=None):
         if not lam >= 0 or not radius > 0:
             raise ValueError(f"GP: lam must be 0 or more and radius above 0, got {lam} and {radius}")
-        self.sam, self.weight = SAM(params, radius), lam / radius
+        self.sam, self.weight = SAM(params, radius, triton=triton), lam / radius
         self.params, self.stats = self.sam.params, {}
 
     def __call__(self, closure):
@@ -264,12 +299,14 @@ class CR:
     a difference of gradients over `radius` (None = mu). Four passes.
     """
 
-    def __init__(self, params, lam=1.0, mu=0.01, radius=None):
+    def __init__(self, params, lam=1.0, mu=0.01, radius=None, triton=None):
         radius = mu if radius is None else radius
         if not lam >= 0 or not mu > 0 or not radius > 0:
             raise ValueError(
                 f"CR: lam must be 0 or more, mu and radius above 0, got {lam}, {mu} and {radius}")
-        self.sam, self.probe, self.weight = SAM(params, mu), SAM(params, radius), lam / radius
+        params = trainable(params)
+        self.sam, self.probe = (SAM(params, r, triton=triton) for r in (mu, radius))
+        self.weight = lam / radius
         self.params, self.stats = self.sam.params, {}
 
     def __call__(self, closure):
@@ -297,8 +334,9 @@ class WA:
     swap() writes the mean into the parameters, rounded to their dtype; the result to save and to evaluate.
     """
 
-    def __init__(self, params):
+    def __init__(self, params, triton=None):
         self.params, self.count = trainable(params), 0
+        self.ops = operations(self.params, triton)[0]
         self.mean = None                                             # allocated at the first update
 
     def update(self):
@@ -306,7 +344,7 @@ class WA:
         if self.mean is None:
             self.mean = [torch.zeros_like(p, dtype=accumulator(p.dtype)) for p in self.params]
         self.count += 1
-        running_mean_(self.mean, self.params, self.count)
+        self.ops.running_mean_(self.mean, self.params, self.count)
 
     @torch.no_grad()
     def swap(self):

@@ -22,11 +22,11 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import evaluate, relearn
-from evaluate import (CHUNK, IGNORE, InputError, all_max, all_sum, alters_logits, barrier, blocks, chunk_rows, collate,
-                      context_of, encode, encode_rows, in_turns, join_processes, load_model, logits_of,
-                      make_parser, number, one_line_errors, over_labels, own_part, processes, provenance,
-                      read_jsonl, show, text_row, token_logps, warn, whole, with_head, write_json)
-from sam import CR, GP, RS, SAM, WA, accumulator, local, local_rows, plain
+from evaluate import (CHUNK, IGNORE, InputError, all_max, all_sum, alters_logits, barrier, blocks, chunk_rows,
+                      collate, context_of, encode, encode_rows, in_turns, join_processes, load_model,
+                      logits_of, make_parser, number, one_line_errors, over_labels, own_part, processes,
+                      provenance, read_jsonl, show, text_row, token_logps, warn, whole, with_head, write_json)
+from sam import (CR, GP, RS, SAM, WA, accumulator, kernel_file, local, local_rows, operations, plain)
 
 TINY = Path(__file__).resolve().parent / "data" / "tiny"
 # Shapes: B samples, T tokens, V vocabulary, D width.
@@ -54,7 +54,8 @@ def save_run(out, model, tokenizer, result):
         if id(p) not in gathered:            # tied weights once; all processes gather, the first one keeps
             gathered[id(p)] = whole(p).cpu() if processes()[0] == 0 else whole(p).new_empty(0)
     if processes()[0] == 0:
-        weights = {n: gathered[id(p)] for n, p in model.state_dict(keep_vars=True).items()} if gathered else None
+        named = model.state_dict(keep_vars=True).items()
+        weights = {n: gathered[id(p)] for n, p in named} if gathered else None
         model.save_pretrained(tmp, state_dict=weights)
         tokenizer.save_pretrained(tmp)
         write_json(tmp / "result.json", result)
@@ -99,8 +100,8 @@ def shuffled(n, size, rng):
 
 
 def micro_batches(samples, picks, size, pad, device, ref=None):
-    """This process's part of the picked samples, collated in batches of at most `size` over all processes; each
-    carries its part of ref (N,) and a weight: 0 if it only stands in, see evaluate.own_part."""
+    """This process's part of the picked samples, collated in batches of at most `size` over all processes;
+    each carries its part of ref (N,) and a weight: 0 if it only stands in, see evaluate.own_part."""
     out = []
     for i in range(0, len(picks), size):
         part, weight = own_part(picks[i:i + size])
@@ -247,18 +248,23 @@ def make_smoother(args, named):
     if base == "sam":
         return SAM(params, args.sam_rho,
                    perturb=[p for _, p in matching(named, "sam_modules", args.sam_modules)],
-                   flip=args.sam_flip)
+                   flip=args.sam_flip, triton=args.triton)
     if base == "rs":
-        return RS(params, args.rs_sigma, args.rs_samples, args.seed)
+        return RS(params, args.rs_sigma, args.rs_samples, args.seed, args.triton)
     if base == "gp":
-        return GP(params, args.gp_lambda, args.gp_radius)
+        return GP(params, args.gp_lambda, args.gp_radius, args.triton)
     if base == "cr":
-        return CR(params, args.cr_lambda, args.cr_mu)
+        return CR(params, args.cr_lambda, args.cr_mu, triton=args.triton)
     return plain
 
 
-def make_optimizer(args, params):
-    """AdamW, whose states take the parameters' dtype; fused on a GPU, which saves a copy of the weights."""
+def make_optimizer(args, params, adamw=None):
+    """AdamW: that of kernels/adamw.py where the module is given, else torch's, whose states take the weights'
+    dtype; fused on a GPU, which saves a copy of the weights."""
+    if adamw:
+        return adamw.AdamW(params, args.lr, weight_decay=args.weight_decay, seed=args.seed,
+                           state_dtype=getattr(torch, args.state_dtype), triton=args.triton,
+                           stochastic_rounding=args.stochastic_rounding)
     return torch.optim.AdamW(params, lr=args.lr, weight_decay=args.weight_decay,
                              fused=True if params[0].is_cuda else None)
 
@@ -266,9 +272,11 @@ def make_optimizer(args, params):
 def recompute_blocks(model):
     """Gradient checkpointing: keep only a decoder layer's input, and run it again in the backward pass."""
     if not blocks(model):
-        raise InputError(f"--gradient_checkpointing: {type(model).__name__} does not name its layers; drop it")
+        raise InputError(
+            f"--gradient_checkpointing: {type(model).__name__} does not name its layers; drop it")
     for block in blocks(model):
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False,
+                                          preserve_rng_state=False)
 
 
 def activation_bytes(model, samples, args, pad):
@@ -285,7 +293,7 @@ def activation_bytes(model, samples, args, pad):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = with_head(model, collate([longest], pad, model.device), lambda hidden, _: hidden.clone())
     size, token = model.dtype.itemsize, sum(kept.values()) / out.logits.shape[1]
-    if args.gradient_checkpointing:                           # each block's input, and the inside of one block
+    if args.gradient_checkpointing:                         # each block's input, and the inside of one block
         token = depth * width * size + token / depth
     tokens = -(-args.micro_batch // processes()[1]) * len(longest[0])
     rows = min(tokens, max(1, CHUNK // config.vocab_size))
@@ -306,19 +314,21 @@ def memory_plan(args, total, trained, activations, count=1):
     frozen = args.loss == "rmu" or args.retain == "kl"
     aside = {"none": 0, "sam": 1, "rs": 1, "gp": 2, "cr": 5}[base]        # copies of weights or of gradients
     plan = {"weights": total * size * (1 + frozen), "gradients": trained * size,
-            "put aside": aside * trained * size, "optimizer": 2 * trained * state, "average": 4 * trained * averaged}
+            "put aside": aside * trained * size, "optimizer": 2 * trained * state,
+            "average": 4 * trained * averaged}
     return {k: v / count for k, v in plan.items() if v} | {"activations": activations}
 
 
 def plan_line(plan, device):
     """The plan as one line, and a second one with what to do where it is more than the device has."""
     cuda = torch.device(device).type == "cuda"
-    room = torch.cuda.mem_get_info(device)[1] if cuda else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    room = torch.cuda.mem_get_info(device)[1] if cuda else (
+        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     need, parts = sum(plan.values()), ", ".join(f"{k} {v / 1e9:.2f}" for k, v in plan.items())
     line = (f"needs {need / 1e9:.2f} GB ({parts}) in each of {processes()[1]} processes on "
             f"{torch.cuda.get_device_name(device) if cuda else 'cpu'} with {room / 1e9:.0f} GB")
-    return line + ("" if need < room else "\nthat is too much: try --gradient_checkpointing, a smaller --micro_batch, "
-                   "--param_dtype bfloat16, or torchrun with more GPUs")
+    return line + ("" if need < room else "\nthat is too much: try --gradient_checkpointing, a smaller "
+                   "--micro_batch, --param_dtype bfloat16, or torchrun with more GPUs")
 
 
 def matching(named, flag, pattern):
@@ -340,7 +350,8 @@ def state_tensors(named, optimizer, average):
     """{name: tensor} of all that changes from step to step: weights, optimizer states, averaged weights."""
     tensors = {f"weights.{n}": p for n, p in named}
     tensors |= {f"{key}.{n}": t for n, p in named for key, t in optimizer.state[p].items()}
-    return tensors | {f"mean.{n}": m for (n, _), m in zip(named, average.mean if average and average.mean else [])}
+    means = average.mean if average and average.mean else []
+    return tensors | {f"mean.{n}": m for (n, _), m in zip(named, means)}
 
 
 @torch.no_grad()
@@ -348,11 +359,12 @@ def resume(path, args, named, optimizer, smoother, average):
     """Put the state that write_tensors saved in place, for any number of processes; returns its note."""
     with safe_open(path, "pt") as file:
         note = json.loads(file.metadata()["note"])
-        for key in note["args"].keys() - {"out", "overwrite", "resume", "save_every", "relearn", "device", "micro_batch"}:
+        free = {"out", "overwrite", "resume", "save_every", "relearn", "device", "micro_batch"}
+        for key in note["args"].keys() - free:
             if note["args"][key] != vars(args)[key]:
                 raise InputError(f"--resume: {path} was written with --{key} {note['args'][key]}, now it is "
                                  f"{vars(args)[key]}: give the same flags, or remove the file to start again")
-        for _, p in named:                                        # a step that moves nothing allocates the states
+        for _, p in named:                              # a step that moves nothing allocates the states
             p.grad = torch.zeros_like(p)
         optimizer.param_groups[0]["lr"] = 0.0
         optimizer.step()
@@ -390,10 +402,14 @@ def parse_args(argv=None):
     p.add_argument("--overwrite", action=flag, default=False, help="replace OUT when it exists")
     p.add_argument("--param_dtype", choices=["float32", "bfloat16"], default="float32",
                    help="of the weights; bfloat16 halves memory and swallows most of a small perturbation")
+    p.add_argument("--triton", action=flag, default=None,
+                   help="SAM, noise, averages and AdamW by kernels/ (default: when the weights are on a GPU)")
+    p.add_argument("--stochastic_rounding", action=flag, default=False,
+                   help="of the weights, for --param_dtype bfloat16, which else swallows small steps")
     p.add_argument("--state_dtype", choices=["float32", "bfloat16"], default=None,
-                   help="of AdamW's two states (default: as the weights, the only choice of torch's AdamW)")
+                   help="of AdamW's two states (default: as the weights); another one takes kernels/adamw.py")
     p.add_argument("--gradient_checkpointing", action=flag, default=False,
-                   help="keep a layer's input only and run it again in the backward pass: less memory, 4/3 the time")
+                   help="keep only a layer's input and run it again for its gradient: less memory, 4/3 time")
     # the objective; "7B" is what the paper used for Zephyr-7B on WMDP-Bio
     p.add_argument("--loss", choices=["npo", "graddiff", "ga", "simnpo", "dpo", "rmu"], default="npo",
                    help="on the forget set; ga has no retain term, dpo needs rows with prompt and completion")
@@ -444,7 +460,7 @@ def parse_args(argv=None):
     p.add_argument("--max_len", type=number(int, 0), default=0,
                    help="cut samples to so many tokens (0: too long = error)")
     p.add_argument("--save_every", type=number(int, 0), default=0,
-                   help="steps between saves of the state in OUT.state.safetensors (0: none); removed at the end")
+                   help="steps between saves of OUT.state.safetensors, removed at the end (0: none)")
     p.add_argument("--resume", action=flag, default=False, help="go on from that file, if it is there")
     # measuring
     p.add_argument("--stop_ue", type=real, default=0.0, help="stop once UE reaches this (0 = fixed steps)")
@@ -454,6 +470,8 @@ def parse_args(argv=None):
                    help="attack the result with relearn.py's defaults")
     args = p.parse_args(argv)
 
+    if args.stochastic_rounding and args.param_dtype != "bfloat16":
+        raise InputError(f"--stochastic_rounding: {args.param_dtype} needs none; add --param_dtype bfloat16")
     base, averaged = parse_smooth(args.smooth)
     if base == "sam" and args.sam_rho == 0:                      # a radius of 0 is no smoother: say what runs
         base, args.smooth = "none", "wa" if averaged else "none"
@@ -471,9 +489,6 @@ def parse_args(argv=None):
         raise InputError(f"--retain {args.retain}: {fix[args.loss]}")
     args.retain = args.retain or ("none" if args.loss in ("ga", "rmu") else "nll")
     args.state_dtype = args.state_dtype or args.param_dtype
-    if args.state_dtype != args.param_dtype:
-        raise InputError(f"--state_dtype {args.state_dtype}: torch's AdamW keeps its states in the weights' dtype; "
-                         f"choose {args.param_dtype}, or --param_dtype {args.state_dtype}")
     args.micro_batch = args.micro_batch or args.batch_size
     args.wa_start = args.steps * 4 // 5 if args.wa_start < 0 else args.wa_start
     if averaged and args.wa_start >= args.steps:
@@ -485,7 +500,8 @@ def parse_args(argv=None):
     if Path(args.out).exists() and not args.overwrite:
         raise InputError(f"--out {args.out} exists: choose another name, or replace it with --overwrite")
     if Path(f"{args.out}.state.safetensors").exists() and not args.resume and not args.overwrite:
-        raise InputError(f"{args.out}.state.safetensors: a run was broken off; go on with --resume, or remove it")
+        raise InputError(
+            f"{args.out}.state.safetensors: a run was broken off; go on with --resume, or remove it")
     return args
 
 
@@ -510,6 +526,15 @@ if __name__ == "__main__":
             raise InputError(
                 f"--stop_ue {args.stop_ue}: needs {folder / 'mcq_forget.jsonl'}, which is missing")
         model, tokenizer = load_model(args.model, args.device, getattr(torch, args.param_dtype))
+        try:
+            ops, why = operations(list(model.parameters()), args.triton)
+            args.triton = ops.__name__ != "torch"
+            own = args.triton or args.stochastic_rounding or args.state_dtype != args.param_dtype
+            adamw = kernel_file("adamw") if own else None
+        except (ValueError, ImportError, FileNotFoundError) as e:
+            raise InputError(f"--triton {args.triton} --stochastic_rounding {args.stochastic_rounding}: {e}; "
+                             "mend this or use --no-triton")
+        print(f"the weights are moved by {'Triton kernels' if args.triton else 'torch'}: {why}")
         context, pad = context_of(model), tokenizer.pad_token_id or 0
         forget = encode_rows(tokenizer, forget_rows, context, args.max_len)
         retain = encode_rows(tokenizer, retain_rows, context, args.max_len)
@@ -534,7 +559,7 @@ if __name__ == "__main__":
         if args.loss == "rmu" or args.retain == "kl":
             frozen = load_model(args.model, args.device, model.dtype)[0].requires_grad_(False)
             if processes()[1] > 1:
-                frozen.set_reshard_after_forward(False, recurse=False)       # it never changes, and kl_sum needs it
+                frozen.set_reshard_after_forward(False, recurse=False)     # it never changes; kl_sum needs it
         if args.loss == "rmu":
             depth = model.config.num_hidden_layers
             args.rmu_layer = depth * 7 // 32 if args.rmu_layer < 0 else args.rmu_layer
@@ -552,11 +577,13 @@ if __name__ == "__main__":
         model.requires_grad_(False)
         for p in params:
             p.requires_grad_(True)
-        smoother, average = make_smoother(args, named), WA(params) if parse_smooth(args.smooth)[1] else None
+        smoother = make_smoother(args, named)
+        average = WA(params, args.triton) if parse_smooth(args.smooth)[1] else None
         radius = {SAM: args.sam_rho, GP: args.gp_radius, CR: args.cr_mu}.get(type(smoother))
-        optimizer = make_optimizer(args, params)
-        plan = memory_plan(args, sum(p.numel() for p in model.parameters()), sum(p.numel() for p in params),
-                           activation_bytes(model, forget + retain + (chosen or []), args, pad), processes()[1])
+        optimizer = make_optimizer(args, params, adamw)
+        count = lambda some: sum(p.numel() for p in some)
+        plan = memory_plan(args, count(model.parameters()), count(params), activation_bytes(
+            model, forget + retain + (chosen or []), args, pad), processes()[1])
         print(plan_line(plan, args.device))
         if args.gradient_checkpointing:
             recompute_blocks(model)
@@ -570,7 +597,8 @@ if __name__ == "__main__":
             for _ in range(done):
                 next(forget_picks), next(retain_picks)             # the batches that were seen
         out.parent.mkdir(parents=True, exist_ok=True)
-        bar = tqdm(range(done, args.steps), f"{args.loss}+{args.smooth}", args.steps, initial=done, unit="step")
+        bar = tqdm(range(done, args.steps), f"{args.loss}+{args.smooth}", args.steps, initial=done,
+                   unit="step")
         for step in bar:
             tick = time.time()
             lr = learning_rate(step, args.steps, args.lr, args.warmup, args.decay)
@@ -619,7 +647,8 @@ if __name__ == "__main__":
         # -- score, save, attack
         after = evaluate.ue_ut(model, tokenizer, questions)
         result = {"stage": "unlearn", "args": vars(args), **provenance(args.device, start),
-                  "plan_gb": {k: round(v / 1e9, 4) for k, v in plan.items()}, "metrics": {"before": before, "after": after}, "curve": curve}
+                  "plan_gb": {k: round(v / 1e9, 4) for k, v in plan.items()},
+                  "metrics": {"before": before, "after": after}, "curve": curve}
         save_run(out, model, tokenizer, result)
         state_file.unlink(missing_ok=True)
         for name, scores in (("before", before), ("after", after)):

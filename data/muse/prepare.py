@@ -1,0 +1,74 @@
+"""Write MUSE (arXiv 2407.06460), news or books to forget, in the formats of data/README.md.
+
+    python data/muse/prepare.py --corpus news --tokenizer muse-bench/MUSE-News_target
+    python data/muse/prepare.py --corpus books --tokenizer muse-bench/MUSE-Books_target
+
+Downloads muse-bench/MUSE-News or MUSE-Books, or reads --from FOLDER with its folders knowmem, verbmem,
+privleak and raw. Training text is as in MUSE: the documents joined by blank lines, tokenised, and cut into
+blocks of --max_len tokens. Next: unlearn.py, with the commands of readme.md.
+"""
+import math, sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))      # evaluate.py, which owns reading and writing, is at the top
+from evaluate import (InputError, check_texts, fetch, make_parser, number, one_line_errors, read_published,
+                      text_row, write_data)
+
+REPO = {"news": "muse-bench/MUSE-News", "books": "muse-bench/MUSE-Books"}
+AUC_RETRAIN = {"news": 0.4772, "books": 0.5393}     # Min-40% AUC of the retrained models, for PrivLeak
+
+
+def rows_with(*keys):
+    """A check for read_published: keeps these texts of a row."""
+    return lambda row: (check_texts(row, *keys), {k: row[k] for k in keys})[1]
+
+
+def blocks(text, tokenizer, max_len):
+    """text in pieces of max_len tokens, the tokenizer's own first ones included; joined they are text again.
+
+    Cut where tokens begin in the text, since decoding tokens need not give the text back.
+    """
+    room = max_len - len(tokenizer("").input_ids)
+    starts = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True,
+                       verbose=False).offset_mapping[::room]
+    cuts = [0] + [start for start, _ in starts[1:]] + [len(text)]
+    return [text[a:b] for a, b in zip(cuts, cuts[1:]) if text[a:b].strip()]
+
+
+if __name__ == "__main__":
+    parser = make_parser(__doc__, device=False)
+    parser.add_argument("--corpus", choices=list(REPO), required=True, help="what to forget")
+    parser.add_argument("--tokenizer", required=True, metavar="MODEL",
+                        help="folder or hub name of the model to unlearn")
+    parser.add_argument("--max_len", type=number(int, 8), default=2048, help="tokens of a block")
+    parser.add_argument("--from", dest="source", metavar="FOLDER", help="files that are there already")
+    parser.add_argument("--any_count", action="store_true", help="accept other numbers of rows")
+    parser.add_argument("--out", type=Path, default=None, help="folder to write (default: data/muse/CORPUS)")
+    args = parser.parse_args()
+
+    with one_line_errors():
+        from transformers import AutoTokenizer
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+        except (OSError, ValueError) as e:
+            raise InputError(f"--tokenizer {args.tokenizer} does not load: {e}")
+        folder = fetch(REPO[args.corpus], ["raw/forget", "raw/retain1", "verbmem/", "knowmem/", "privleak/"],
+                       args.source)
+        count = lambda published: None if args.any_count else published
+        files = {}
+        for part, name in (("forget", "raw/forget"), ("retain", "raw/retain1")):
+            rows = read_published(folder, [name], text_row)
+            pieces = blocks("\n\n".join(row["text"] for row in rows), tokenizer, args.max_len)
+            files[part] = [{"text": piece} for piece in pieces]
+        files["verbmem_forget"] = read_published(
+            folder, ["verbmem/forget"], rows_with("prompt", "gt"), count(100))
+        for part in ("forget", "retain"):
+            for end, published in (("", 100), ("_icl", 10)):
+                files[f"knowmem_{part}{end}"] = read_published(
+                    folder, [f"knowmem/{part}_qa{end}"], rows_with("question", "answer"), count(published))
+        for part in ("forget", "retain", "holdout"):
+            files[f"privleak_{part}"] = read_published(folder, [f"privleak/{part}"], text_row, count(100))
+        meta = {"auc_retrain": AUC_RETRAIN[args.corpus], "tokenizer": args.tokenizer, "max_len": args.max_len}
+        write_data(args.out or HERE / args.corpus, files, meta)
+        print(f"one epoch of the forget blocks is {math.ceil(len(files['forget']) / 4)} steps of 4")

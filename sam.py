@@ -51,8 +51,9 @@ def local_rows(t, whole):
     """The rows of `whole` (or of anything sliced like a tensor of t's shape) that t holds in this process."""
     if not hasattr(t, "to_local"):
         return whole[...]
-    first = t.device_mesh.get_local_rank() * -(-len(t) // t.device_mesh.size())     # FSDP2 cuts like torch.chunk
-    return whole[min(first, len(t)):min(first, len(t)) + len(t.to_local())]
+    mesh = t.device_mesh
+    first = min(len(t), mesh.get_local_rank() * -(-len(t) // mesh.size()))      # FSDP2 cuts like torch.chunk
+    return whole[first:first + len(t.to_local())]
 
 
 def over_processes(sums, tensors):
@@ -73,10 +74,13 @@ def global_norm(tensors):
 
 
 def pieces(p, *others):
-    """Views of rows of p and of tensors of its shape: small enough to stay in a CPU's cache, or 2^24 elements."""
-    tensors = [local(t) for t in (p, *others)]
-    rows = max(1, (2**17 if p.device.type == "cpu" else 2**24) * len(tensors[0]) // max(1, tensors[0].numel()))
-    return zip(*(t.split(rows) for t in tensors)) if tensors[0].dim() else [tensors]
+    """Views of some rows of p and of each tensor of its shape, for a pass of several operations: small enough
+    for a CPU's cache, elsewhere 2^24 elements, which bounds what the operations allocate."""
+    tensors, size = [local(t) for t in (p, *others)], 2**17 if p.device.type == "cpu" else 2**24
+    if not p.dim():
+        return [tensors]
+    rows = max(1, size * len(tensors[0]) // max(1, tensors[0].numel()))
+    return zip(*(t.split(rows) for t in tensors))
 
 
 @torch.no_grad()
@@ -124,7 +128,7 @@ def noise_(params, sigma, seed):
         if p.device not in generators:
             generators[p.device] = torch.Generator(p.device).manual_seed(seed)
         z = torch.randn(p.shape, generator=generators[p.device], device=p.device, dtype=accumulator(p.dtype))
-        p, z = local(p), local_rows(p, z)    # whole in every process, so that no noise depends on their number
+        p, z = local(p), local_rows(p, z)    # z is whole in every process: the same for any number of them
         p.copy_(p.to(z.dtype) + sigma * z)
 
 
@@ -396,7 +400,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=8, help="of each kind, after two to warm up")
     parser.add_argument("--one", nargs=3, metavar=("SMOOTH", "TOKENS", "COUNT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:                                               # in a process of its own: so is its peak of memory
+    if args.one:                                           # in a process of its own: so is its peak of memory
         torch.set_num_threads(args.threads)
         smooth, tokens, count = args.one[0], *map(int, args.one[1:])
         steps(llama(64, 1, 512), smooth, 16, 1)                # the libraries and their buffers are not ours
@@ -404,16 +408,17 @@ if __name__ == "__main__":
             llama(512, 1, 512)(input_ids=torch.zeros(2, tokens, dtype=torch.int64))
         base = int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         model = llama(512, 8, 8192)
-        seconds, peak = steps(model, smooth, tokens, count), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        seconds = steps(model, smooth, tokens, count)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(*seconds, (peak - base) / sum(p.numel() for p in model.parameters()))
         sys.exit()
     print("2 x tokens  smoother  s/step  x npo  floor  bytes a parameter: live  resident")
     for tokens in (128, 512):
         for smooth, passes in {"none": 6, "sam": 9, "rs": 12, "gp": 9, "cr": 15, "wa": 6}.items():
-            run = lambda count, **env: [float(x) for x in subprocess.run(
-                [sys.executable, __file__, "--threads", str(args.threads), "--one", smooth, str(tokens), str(count)],
-                env=os.environ | env, check=True, capture_output=True, text=True).stdout.split()]
+            one = [sys.executable, __file__, "--threads", str(args.threads), "--one", smooth, str(tokens)]
+            run = lambda count, **env: map(float, subprocess.run(
+                one + [str(count)], env=os.environ | env, check=True, stdout=subprocess.PIPE).stdout.split())
             npo, other, resident = run(args.steps + 2)
-            live = run(2, MALLOC_MMAP_THRESHOLD_="65536")[2]
-            print(f"{tokens:10d}  {smooth:8s}  {other:6.2f}  {other / npo:5.2f}  {passes / 6:5.2f}  {live:23.1f}  "
-                  f"{resident:8.1f}", flush=True)
+            *_, live = run(2, MALLOC_MMAP_THRESHOLD_="65536")
+            print(f"{tokens:10d}  {smooth:8s}  {other:6.2f}  {other / npo:5.2f}  {passes / 6:5.2f}  "
+                  f"{live:23.1f}  {resident:8.1f}", flush=True)

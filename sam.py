@@ -51,8 +51,9 @@ def local_rows(t, whole):
     """The rows of `whole` (or of anything sliced like a tensor of t's shape) that t holds in this process."""
     if not hasattr(t, "to_local"):
         return whole[...]
-    first = t.device_mesh.get_local_rank() * -(-len(t) // t.device_mesh.size())     # FSDP2 cuts like torch.chunk
-    return whole[min(first, len(t)):min(first, len(t)) + len(t.to_local())]
+    mesh = t.device_mesh
+    first = min(len(t), mesh.get_local_rank() * -(-len(t) // mesh.size()))      # FSDP2 cuts like torch.chunk
+    return whole[first:first + len(t.to_local())]
 
 
 def over_processes(sums, tensors):
@@ -73,10 +74,13 @@ def global_norm(tensors):
 
 
 def pieces(p, *others):
-    """Views of rows of p and of tensors of its shape: small enough to stay in a CPU's cache, or 2^24 elements."""
-    tensors = [local(t) for t in (p, *others)]
-    rows = max(1, (2**17 if p.device.type == "cpu" else 2**24) * len(tensors[0]) // max(1, tensors[0].numel()))
-    return zip(*(t.split(rows) for t in tensors)) if tensors[0].dim() else [tensors]
+    """Views of some rows of p and of each tensor of its shape, for a pass of several operations: small enough
+    for a CPU's cache, elsewhere 2^24 elements, which bounds what the operations allocate."""
+    tensors, size = [local(t) for t in (p, *others)], 2**17 if p.device.type == "cpu" else 2**24
+    if not p.dim():
+        return [tensors]
+    rows = max(1, size * len(tensors[0]) // max(1, tensors[0].numel()))
+    return zip(*(t.split(rows) for t in tensors))
 
 
 @torch.no_grad()
@@ -124,7 +128,7 @@ def noise_(params, sigma, seed):
         if p.device not in generators:
             generators[p.device] = torch.Generator(p.device).manual_seed(seed)
         z = torch.randn(p.shape, generator=generators[p.device], device=p.device, dtype=accumulator(p.dtype))
-        p, z = local(p), local_rows(p, z)    # whole in every process, so that no noise depends on their number
+        p, z = local(p), local_rows(p, z)    # z is whole in every process: the same for any number of them
         p.copy_(p.to(z.dtype) + sigma * z)
 
 
@@ -359,8 +363,9 @@ def plain(closure):
 
 
 if __name__ == "__main__":
-    # What a step costs beside plain npo's, in turns with it: python sam.py [--threads N] [--steps N]
-    import argparse, resource, statistics, subprocess, sys, time
+    # What a step costs beside plain npo's, taken in turns with it: python sam.py [--threads N] [--steps N]
+    # "live" is measured with malloc giving every tensor pages of its own, which is slow; "resident" without.
+    import argparse, os, resource, statistics, subprocess, sys, time
     from transformers import LlamaConfig, LlamaForCausalLM
     import unlearn
 
@@ -370,17 +375,17 @@ if __name__ == "__main__":
             intermediate_size=4 * width, tie_word_embeddings=False, max_position_embeddings=1024)).eval()
 
     def steps(model, smooth, tokens, count):
-        """([seconds of each step of npo], [of npo + smooth]) on 2 forget and 2 retain samples."""
+        """Median seconds of a step of npo and of npo + smooth, on 2 forget and 2 retain samples; fp32."""
         args = unlearn.parse_args(["--smooth", smooth, "--out", "/nowhere", "--wa_start", "0"])
         ids = torch.randint(model.config.vocab_size, (2, tokens)).tolist()
         forget, retain = (unlearn.micro_batches([(x, x) for x in ids], [0, 1], 2, 0, "cpu", ref)
                           for ref in (torch.full((2,), -9.0), None))
         params, seconds = list(model.parameters()), ([], [])
         optimizer, average = unlearn.make_optimizer(args, params), WA(params)
+        smoothers = plain, unlearn.make_smoother(args, list(model.named_parameters()))
         for step in range(2 * count):
-            smoother = unlearn.make_smoother(args, list(model.named_parameters())) if step % 2 else plain
             tick = time.perf_counter()
-            smoother(lambda: unlearn.forget_backward(model, forget, None, args))
+            smoothers[step % 2](lambda: unlearn.forget_backward(model, forget, None, args))
             unlearn.retain_backward(model, retain, args)
             torch.nn.utils.clip_grad_norm_(params, 1.0)
             optimizer.step()
@@ -388,26 +393,32 @@ if __name__ == "__main__":
             if smooth == "wa" and step % 2:
                 average.update()
             seconds[step % 2].append(time.perf_counter() - tick)
-        return seconds
+        return [statistics.median(s[min(2, count - 1):]) for s in seconds]
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=8, help="of each, after two to warm up")
-    parser.add_argument("--only", nargs=2, metavar=("SMOOTH", "TOKENS"), help="one line of the table")
+    parser.add_argument("--steps", type=int, default=8, help="of each kind, after two to warm up")
+    parser.add_argument("--one", nargs=3, metavar=("SMOOTH", "TOKENS", "COUNT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if not args.only:
-        print("tokens  smoother  s/step  x npo  x npo, floor  bytes a parameter", flush=True)
-        for tokens in ("128", "512"):
-            for smooth in ("none", "sam", "rs", "gp", "cr", "wa"):           # a process each: the peak is its own
-                subprocess.run([sys.executable, __file__, "--only", smooth, tokens, "--threads", str(args.threads),
-                                "--steps", str(args.steps)], check=True)
+    if args.one:                                           # in a process of its own: so is its peak of memory
+        torch.set_num_threads(args.threads)
+        smooth, tokens, count = args.one[0], *map(int, args.one[1:])
+        steps(llama(64, 1, 512), smooth, 16, 1)                # the libraries and their buffers are not ours
+        with torch.no_grad():
+            llama(512, 1, 512)(input_ids=torch.zeros(2, tokens, dtype=torch.int64))
+        base = int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        model = llama(512, 8, 8192)
+        seconds = steps(model, smooth, tokens, count)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(*seconds, (peak - base) / sum(p.numel() for p in model.parameters()))
         sys.exit()
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    (smooth, tokens), floor = args.only, {"none": 6, "wa": 6, "sam": 9, "rs": 12, "gp": 9, "cr": 15}
-    steps(llama(64, 1, 512), smooth, 16, 2)                                  # loads every library
-    base, model = peak(), llama(512, 8, 8192)
-    npo, other = (statistics.median(s[2:]) for s in steps(model, smooth, int(tokens), args.steps + 2))
-    print(f"2 x {tokens}  {smooth:8s}  {other:6.2f}  {other / npo:5.2f}  {floor[smooth] / 6:12.2f}  "
-          f"{(peak() - base) / sum(p.numel() for p in model.parameters()):17.1f}", flush=True)
+    print("2 x tokens  smoother  s/step  x npo  floor  bytes a parameter: live  resident")
+    for tokens in (128, 512):
+        for smooth, passes in {"none": 6, "sam": 9, "rs": 12, "gp": 9, "cr": 15, "wa": 6}.items():
+            one = [sys.executable, __file__, "--threads", str(args.threads), "--one", smooth, str(tokens)]
+            run = lambda count, **env: map(float, subprocess.run(
+                one + [str(count)], env=os.environ | env, check=True, stdout=subprocess.PIPE).stdout.split())
+            npo, other, resident = run(args.steps + 2)
+            *_, live = run(2, MALLOC_MMAP_THRESHOLD_="65536")
+            print(f"{tokens:10d}  {smooth:8s}  {other:6.2f}  {other / npo:5.2f}  {passes / 6:5.2f}  "
+                  f"{live:23.1f}  {resident:8.1f}", flush=True)

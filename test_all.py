@@ -32,9 +32,16 @@ except ImportError:                         # no Triton for this platform: the t
 del os.environ["TRITON_INTERPRET"]          # or sam.py and unlearn.py would choose Triton by themselves
 
 ROOT = Path(__file__).resolve().parent
-spec = importlib.util.spec_from_file_location("prepare", ROOT / "data" / "tiny" / "prepare.py")
-prepare = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(prepare)
+
+
+def module_at(path):
+    spec = importlib.util.spec_from_file_location("prepare", ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+prepare, people = module_at("data/tiny/prepare.py"), module_at("data/people/prepare.py")
 TEXTS = [
     "the cat sat on the mat", "a dog ran", "Question: who sat? Answer: the cat",
     "one two three four five six seven", "A. B. C. D."
@@ -49,7 +56,8 @@ def little_llama(dtype=torch.float64, seed=0, context=64, **more):
     """A random Llama of about 5,000 parameters over words()."""
     torch.manual_seed(seed)
     config = LlamaConfig(**{"vocab_size": len(words()), "hidden_size": 16, "num_hidden_layers": 3,
-                            "num_attention_heads": 2, "intermediate_size": 24, "max_position_embeddings": context,
+                            "num_attention_heads": 2, "intermediate_size": 24,
+                            "max_position_embeddings": context,
                             "initializer_range": 0.3, "tie_word_embeddings": False, **more})
     return LlamaForCausalLM(config).to(dtype).eval()
 
@@ -2553,7 +2561,7 @@ class TestAttackVariants(unittest.TestCase):
 def write_world(folder, model, tokenizer=None):
     """A data folder with a model in it: rows and questions over words(). Returns the flags to run on it."""
     folder = Path(folder)
-    model.save_pretrained(folder / "model")
+    model.save_pretrained(folder / "model")                       # makes the folder, too
     (tokenizer or words()).save_pretrained(folder / "model")
     rows = [{"prompt": t, "completion": f" the cat {t}", "fact": i} for i, t in enumerate(TEXTS)]
     questions = [{k: r[k] for k in ("question", "choices", "answer", "subject")} for r in TestEvaluate.rows]
@@ -2570,7 +2578,7 @@ class TestScale(unittest.TestCase):
         self.tmp = Path(tempfile.mkdtemp())
         self.addCleanup(shutil.rmtree, self.tmp)
 
-    def run_here(self, *flags, said=None):
+    def unlearn(self, *flags, said=None):
         """Run unlearn.py inside this process; said: part of the error that it must end with."""
         status, out, err = run_here("unlearn.py", *flags)
         self.assertEqual(status, 2 if said else 0, err)
@@ -2580,21 +2588,23 @@ class TestScale(unittest.TestCase):
     def weights(self, name):
         return evaluate.load_model(self.tmp / name)[0].state_dict()
 
+    def result(self, name, file="result"):
+        return json.loads((self.tmp / name / f"{file}.json").read_text())
+
     def test_chunks_give_the_loss_and_the_gradient_of_all_logits_at_once(self):
         model, frozen, tok = little_llama(), little_llama(seed=1), words()
         samples = evaluate.encode(tok, [("", TEXTS[3], ""), ("Question: who sat? Answer:", " the cat", ""),
                                         ("", TEXTS[1], "")], 64)
         batch = evaluate.collate(samples, 0)
-        for name, f in (("logps", lambda: (evaluate.token_logps(model, batch)[0] * torch.arange(1, 10)).sum()),
+        weights = torch.arange(1, 10)
+        for name, f in (("logps", lambda: (evaluate.token_logps(model, batch)[0] * weights).sum()),
                         ("kl", lambda: unlearn.kl_sum(model, frozen, batch))):
-            results, rows = [], []
+            results = []
             for chunk in (2**24, 4 * len(tok), 1):              # all at once; four rows at a time; row by row
                 model.zero_grad()
-                head = model.lm_head.register_forward_hook(lambda m, i, o: rows.append(o.numel()))
                 with mock.patch.object(evaluate, "CHUNK", chunk):
                     loss = f()
                 loss.backward()
-                head.remove()
                 results.append(torch.cat([loss[None], flat(p.grad for p in model.parameters())]))
             for got in results[1:]:
                 torch.testing.assert_close(got, results[0], rtol=1e-9, atol=1e-11, msg=name)
@@ -2615,14 +2625,14 @@ class TestScale(unittest.TestCase):
         code = textwrap.dedent("""
             import torch, evaluate
             from transformers import LlamaConfig, LlamaForCausalLM
-            model = LlamaForCausalLM(LlamaConfig(
-                vocab_size=49152, hidden_size=16, num_hidden_layers=1, intermediate_size=16, num_attention_heads=1))
+            model = LlamaForCausalLM(LlamaConfig(vocab_size=49152, hidden_size=16, num_hidden_layers=1,
+                                                 intermediate_size=16, num_attention_heads=1))
             def status(key):
                 return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
             for evaluate.CHUNK in (evaluate.CHUNK, 2**60):
-                for tokens in (100, 600, 1200):                                          # the first is to warm up
+                for tokens in (100, 600, 1200):                                      # the first is to warm up
                     ids = list(range(tokens))
-                    open("/proc/self/clear_refs", "w").write("5")                        # resets the peak
+                    open("/proc/self/clear_refs", "w").write("5")                    # resets the peak
                     before = status("VmRSS")
                     evaluate.token_logps(model, evaluate.collate([(ids, ids)], 0))[0].sum().backward()
                     print(status("VmHWM") - before)
@@ -2640,7 +2650,7 @@ class TestScale(unittest.TestCase):
 
     def test_soft_capped_and_scaled_logits_keep_the_models_own_head(self):
         small = dict(vocab_size=len(words()), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                     num_key_value_heads=1, intermediate_size=24, max_position_embeddings=64)
+                     num_key_value_heads=1, intermediate_size=24, max_position_embeddings=64, eos_token_id=2)
         from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
         samples = evaluate.encode(words(), [("", TEXTS[3], ""), ("Question: who", " sat?", "")], 64)
         batch = evaluate.collate(samples, 0)
@@ -2658,27 +2668,30 @@ class TestScale(unittest.TestCase):
         grads, runs = [], []
         for again in (False, True):
             model, calls = little_llama(), []
-            hooks = [m.self_attn.register_forward_hook(lambda *a: calls.append(1)) for m in model.model.layers]
+            for layer in model.model.layers:
+                layer.self_attn.register_forward_hook(lambda *a: calls.append(1))
             if again:
                 unlearn.recompute_blocks(model)
-            evaluate.token_logps(model, evaluate.collate([([1, 2, 3, 4, 5], [1, 2, 3, 4, 5])], 0))[0].sum().backward()
+            batch = evaluate.collate([([1, 2, 3, 4, 5], [1, 2, 3, 4, 5])], 0)
+            evaluate.token_logps(model, batch)[0].sum().backward()
             grads.append(flat(p.grad for p in model.parameters()))
             runs.append(len(calls))
         self.assertTrue(torch.equal(*grads))
         self.assertEqual(runs, [3, 6])
 
     def test_models_of_every_shape_run_or_name_the_fix(self):
-        """No pad token, tied embeddings, more embeddings than tokens, learned positions and biases; a pad token
-        that the model does not have, and a sample that is too long."""
+        """No pad token, tied embeddings, more embeddings than tokens, learned positions and biases; a pad
+        token that the model does not have, and a sample that is too long."""
         from transformers import GPT2Config, GPT2LMHeadModel
         plain, none = words(), words()
         none.pad_token = None
-        gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(plain), n_embd=16, n_layer=2, n_head=2, n_positions=64))
+        gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(plain), n_embd=16, n_layer=2, n_head=2,
+                                          n_positions=64, bos_token_id=1, eos_token_id=2))
         for n, (model, tok) in enumerate(((little_llama(torch.float32), none), (gpt2, none),
                                           (little_llama(torch.float32, tie_word_embeddings=True), plain),
                                           (little_llama(torch.float32, vocab_size=len(plain) + 19), plain))):
             flags = write_world(self.tmp / f"w{n}", model, tok)
-            self.run_here(*flags, "--gradient_checkpointing", "--out", self.tmp / f"r{n}")
+            self.unlearn(*flags, "--gradient_checkpointing", "--out", self.tmp / f"r{n}")
             before, after = self.weights(f"w{n}/model"), self.weights(f"r{n}")
             self.assertEqual(before.keys(), after.keys())
             self.assertFalse(torch.equal(flat(before.values()), flat(after.values())))
@@ -2687,9 +2700,9 @@ class TestScale(unittest.TestCase):
         tok = words()
         tok.add_special_tokens({"pad_token": "<more>"})
         flags = write_world(self.tmp / "w", little_llama(torch.float32), tok)
-        self.run_here(*flags, "--out", self.tmp / "r", said="set pad_token to null")
+        self.unlearn(*flags, "--out", self.tmp / "r", said="set pad_token to null")
         flags = write_world(self.tmp / "w", little_llama(torch.float32, context=8))
-        self.run_here(*flags, "--out", self.tmp / "r", said="--max_len 8")
+        self.unlearn(*flags, "--out", self.tmp / "r", said="--max_len 8")
 
     def test_seven_billion_parameters_with_sam_in_bf16_plan_ten_bytes_each(self):
         args = unlearn.parse_args(["--param_dtype", "bfloat16", "--sam_rho", "0.01", "--out", "/nowhere"])
@@ -2697,8 +2710,9 @@ class TestScale(unittest.TestCase):
         self.assertEqual(sum(plan.values()) - 1e9, 10 * 7.24e9)
         shared = unlearn.memory_plan(args, 7.24e9, 7.24e9, 1e9, 4)
         self.assertEqual(sum(shared.values()) - 1e9, 10 * 7.24e9 / 4)
-        for flags, bytes_each in ((["--smooth", "none"], 8), (["--smooth", "gp"], 12), (["--smooth", "cr"], 18),
-                                  (["--smooth", "wa"], 12), (["--retain", "kl"], 12)):
+        for flags, bytes_each in ((["--smooth", "none"], 8), (["--smooth", "gp"], 12),
+                                  (["--smooth", "cr"], 18), (["--smooth", "wa"], 12),
+                                  (["--retain", "kl"], 12)):
             args = unlearn.parse_args(["--param_dtype", "bfloat16", "--out", "/nowhere", *flags])
             self.assertEqual(sum(unlearn.memory_plan(args, 100, 100, 0).values()), 100 * bytes_each)
 
@@ -2707,30 +2721,27 @@ class TestScale(unittest.TestCase):
         """A 42M-parameter Llama on short samples; the base is what a run of a tiny model leaves behind."""
         code = textwrap.dedent(f"""
             import json, runpy, sys
-            def run(world, smooth):
-                sys.argv = ["unlearn.py", "--model", world + "/model", "--data", world, "--out", world + smooth,
-                            "--smooth", smooth, "--steps", "3", "--batch_size", "2", "--no-relearn"]
+            def run(world):
+                sys.argv = ["unlearn.py", "--model", world + "/model", "--data", world, "--out", world + "-sam",
+                            "--steps", "2", "--batch_size", "2", "--no-relearn"]
                 runpy.run_path("unlearn.py", run_name="__main__")
             def status(key):
                 return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
-            run("{self.tmp}/little", "SMOOTH")
-            open("/proc/self/clear_refs", "w").write("5")                               # resets the peak
+            run("{self.tmp}/little")
+            open("/proc/self/clear_refs", "w").write("5")                           # resets the peak
             base = status("VmRSS")
-            run("{self.tmp}/large", "SMOOTH")
-            plan = json.load(open("{self.tmp}/largeSMOOTH/result.json"))["plan_gb"]
+            run("{self.tmp}/large")
+            plan = json.load(open("{self.tmp}/large-sam/result.json"))["plan_gb"]
             print("measured", status("VmHWM") - base, sum(plan.values()) * 1e9)
             """)
         write_world(self.tmp / "little", little_llama(torch.float32))
         write_world(self.tmp / "large", little_llama(torch.float32, vocab_size=8192, hidden_size=512,
                                                      num_hidden_layers=8, intermediate_size=2048))
-        for smooth in ("none", "sam"):
-            run = subprocess.run([sys.executable, "-c", code.replace("SMOOTH", smooth)], cwd=ROOT, text=True,
-                                 capture_output=True)
-            self.assertEqual(run.returncode, 0, run.stderr)
-            measured, planned = map(float, run.stdout.split("measured")[1].split())
-            self.assertAlmostEqual(planned / measured, 1, delta=0.15, msg=smooth)
-            print(f"[{smooth}: planned {planned / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB]", end=" ",
-                  file=sys.stderr)
+        run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+        self.assertEqual(run.returncode, 0, run.stderr)
+        measured, planned = map(float, run.stdout.split("measured")[1].split())
+        self.assertAlmostEqual(planned / measured, 1, delta=0.15)
+        print(f"[planned {planned / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB]", end=" ", file=sys.stderr)
 
     def broken_off(self, at, *flags):
         """Run unlearn.py in this process and interrupt it in step `at`, counted from 1."""
@@ -2741,7 +2752,7 @@ class TestScale(unittest.TestCase):
                 raise KeyboardInterrupt
             return clip(*args)
         with mock.patch.object(torch.nn.utils, "clip_grad_norm_", clip_or_die):
-            self.assertRaises(KeyboardInterrupt, self.run_here, *flags)
+            self.assertRaises(KeyboardInterrupt, self.unlearn, *flags)
 
     def test_a_resumed_run_is_bitwise_the_unbroken_one(self):
         flags = write_world(self.tmp, little_llama(torch.float32))
@@ -2749,11 +2760,11 @@ class TestScale(unittest.TestCase):
         rounded = ["--param_dtype", "bfloat16", "--state_dtype", "float32", "--stochastic_rounding"]
         for smooth, more in (("sam+wa", averaged), ("rs+wa", averaged), ("cr", []), ("sam", rounded)):
             more = ["--smooth", smooth, "--eval_every", 2, *more]
-            self.run_here(*flags, *more, "--out", self.tmp / "whole", "--overwrite")
+            self.unlearn(*flags, *more, "--out", self.tmp / "whole", "--overwrite")
             self.broken_off(5, *flags, *more, "--out", self.tmp / smooth, "--save_every", 3)
             self.assertFalse((self.tmp / smooth).exists())
-            self.run_here(*flags, *more, "--out", self.tmp / smooth, "--resume")
-            a, b = (json.loads((self.tmp / n / "result.json").read_text())["curve"] for n in ("whole", smooth))
+            self.unlearn(*flags, *more, "--out", self.tmp / smooth, "--resume")
+            a, b = (self.result(name)["curve"] for name in ("whole", smooth))
             for p in a + b:
                 del p["seconds"]
             self.assertEqual(a, b)
@@ -2767,43 +2778,44 @@ class TestScale(unittest.TestCase):
         self.broken_off(2, *flags)
         state = self.tmp / "run.state.safetensors"
         kept = state.read_bytes()
-        with safe_open(state, "pt") as file:                              # any reader of safetensors can read it
+        with safe_open(state, "pt") as file:                                        # any reader can read it
             self.assertEqual(file.get_tensor("step.model.norm.weight"), 1)
             self.assertEqual(file.get_slice("exp_avg.lm_head.weight").get_shape(), [len(words()), 16])
-        self.run_here(*flags, said="--resume")
-        self.run_here(*flags, "--resume", "--lr", 1e-3, said="--lr 0.0003")
+        self.unlearn(*flags, said="--resume")
+        self.unlearn(*flags, "--resume", "--lr", 1e-3, said="--lr 0.0003")
         count = itertools.count()
         full = lambda t: t if next(count) < 20 else exit("full disk")
         with mock.patch.object(evaluate, "whole", side_effect=full):
             run_here("unlearn.py", *flags, "--resume")                             # breaks off in the middle
         self.assertEqual(state.read_bytes(), kept)
-        self.run_here(*flags, "--resume")
+        self.unlearn(*flags, "--resume")
         self.assertFalse(state.exists())
 
     def test_two_processes_under_torchrun_do_what_one_does(self):
         """FSDP2 over gloo, an odd number of rows in some weights: every smoother, micro-batches that leave a
         process without samples, a frozen second model, tied weights, chunks of logits, saving, resuming with
         another number of processes, relearning, scoring. In one launch, since starting takes longest."""
-        flags = write_world(self.tmp, little_llama(torch.float32, vocab_size=len(words()) + 2))
-        tied = write_world(self.tmp / "tied", little_llama(torch.float32, tie_word_embeddings=True)) \
-            if (self.tmp / "tied").mkdir() is None else None
+        flags = write_world(self.tmp / "odd", little_llama(torch.float32, vocab_size=len(words()) + 2))
+        tied = write_world(self.tmp / "tied", little_llama(torch.float32, tie_word_embeddings=True))
         jobs = {s: [*flags, "--smooth", s] for s in ("none", "sam", "rs", "gp", "cr")}
         jobs |= {"wa": [*flags, "--smooth", "sam+wa", "--wa_start", 1, "--wa_every", 2],
-                 "kl": [*tied, "--retain", "kl", "--micro_batch", 1], "rmu": [*flags, "--loss", "rmu", "--micro_batch", 2],
+                 "kl": [*tied, "--retain", "kl", "--micro_batch", 1],
+                 "rmu": [*flags, "--loss", "rmu", "--micro_batch", 2],
                  "dpo": [*flags, "--loss", "dpo", "--gradient_checkpointing"]}
         for name, job in jobs.items():
-            self.run_here(*job, "--out", self.tmp / f"one-{name}")
+            self.unlearn(*job, "--out", self.tmp / f"one-{name}")
         self.broken_off(4, *jobs["wa"], "--save_every", 2, "--out", self.tmp / "two-resumed")
         plan = [["unlearn.py", *map(str, job), "--out", f"two-{name}"] for name, job in jobs.items()]
         plan += [["unlearn.py", *map(str, jobs["wa"]), "--out", "two-resumed", "--resume"],
                  ["unlearn.py", *map(str, jobs["rs"]), "--out", "one-resumed", "--save_every", "2", "DIE"],
-                 ["relearn.py", "two-sam", "--samples", "2", "3", "--lr", "0.01"], ["evaluate.py", "two-sam", "two-cr"]]
+                 ["relearn.py", "two-sam", "--samples", "2", "3", "--lr", "0.01"], ["evaluate.py", "two-sam"]]
         (self.tmp / "plan.json").write_text(json.dumps(plan))
         (self.tmp / "drive.py").write_text(textwrap.dedent(f"""
             import json, runpy, sys, time, torch
             sys.path.insert(0, {str(ROOT)!r})
             import evaluate
-            from_pretrained, clip = evaluate.AutoModelForCausalLM.from_pretrained, torch.nn.utils.clip_grad_norm_
+            from_pretrained = evaluate.AutoModelForCausalLM.from_pretrained
+            clip = torch.nn.utils.clip_grad_norm_
             loads, held, steps = [], [], []
             def timed(*args, **more):
                 start = time.monotonic()
@@ -2832,35 +2844,106 @@ class TestScale(unittest.TestCase):
                     pass
             json.dump([loads, held], open(f"rank{{torch.distributed.get_rank()}}.json", "w"))
             """))
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "drive.py"]
-        run = subprocess.run(launch, cwd=self.tmp, capture_output=True, text=True)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        run = subprocess.run([*launch, "drive.py"], cwd=self.tmp, capture_output=True, text=True)
         self.assertEqual(run.returncode, 0, run.stderr[-3000:])
-        self.run_here(*jobs["rs"], "--out", self.tmp / "one-resumed", "--resume")
-        for name in [*jobs, "resumed"]:
-            one = self.weights({"resumed": "one-rs"}.get(name, f"one-{name}"))
-            for other in [f"two-{name}"] if name != "resumed" else ["one-resumed"]:
-                two = self.weights(other)
-                self.assertEqual(one.keys(), two.keys())
-                torch.testing.assert_close(flat(two.values()), flat(one.values()), rtol=0, atol=1e-5, msg=other)
-        torch.testing.assert_close(flat(self.weights("two-resumed").values()), flat(self.weights("one-wa").values()),
-                                   rtol=0, atol=1e-5)
-        self.assertEqual(json.loads((self.tmp / "two-sam" / "result.json").read_text())["processes"], 2)
-        self.assertEqual(run.stdout.count("after   UE"), len(jobs) + 1)                  # one process prints
+        self.unlearn(*jobs["rs"], "--out", self.tmp / "one-resumed", "--resume")
+        same = {f"two-{name}": f"one-{name}" for name in jobs}
+        same |= {"two-resumed": "one-wa", "one-resumed": "one-rs"}
+        for got, want in same.items():
+            got, want = self.weights(got), self.weights(want)
+            self.assertEqual(got.keys(), want.keys())
+            torch.testing.assert_close(flat(got.values()), flat(want.values()), rtol=0, atol=1e-5)
+        self.assertEqual(self.result("two-sam")["processes"], 2)
+        self.assertEqual(run.stdout.count("after   UE"), len(jobs) + 1)              # only one process prints
 
-        # relearning and scores are those of one process
         for name, more in (("relearn.py", ["--samples", 2, 3, "--lr", 0.01]), ("evaluate.py", [])):
-            status, _, err = TestScripts.here(self, name, self.tmp / "one-sam", *more)
+            status, _, err = run_here(name, self.tmp / "one-sam", *more)
             self.assertEqual(status, 0, err)
-        for file in ("relearn.json", "evaluate.json"):
-            one, two = (json.loads((self.tmp / n / file).read_text())["metrics"] for n in ("one-sam", "two-sam"))
-            one, two = (evaluate.columns(self.tmp / "none", m) if file[0] == "e" else m["budgets"] for m in (one, two))
-            self.assertEqual(json.dumps(one, default=str)[:40], json.dumps(two, default=str)[:40])
+        rows = [evaluate.columns(self.tmp / run, self.result(run, "evaluate")["metrics"])
+                for run in ("one-sam", "two-sam")]                                   # with those of relearn.json
+        self.assertEqual(rows[0].keys(), rows[1].keys())
+        self.assertTrue({"UE 2", "UE 3", "open_forget", "ppl_retain"} <= rows[0].keys())
+        for key, value in rows[0].items():
+            self.assertAlmostEqual(rows[1][key], value, delta=1e-4 * abs(value), msg=key)
 
         # a process keeps its part, and no two hold a whole model at once
-        (loads, held), (other_loads, _) = (json.loads((self.tmp / f"rank{r}.json").read_text()) for r in (0, 1))
+        (loads, held), (other_loads, _) = (self.result(".", f"rank{r}") for r in (0, 1))
         self.assertTrue(all(0.4 < part < 0.6 for part in held))
         self.assertEqual(len(loads), len(other_loads))
         self.assertTrue(all(a[1] <= b[0] or b[1] <= a[0] for a in loads for b in other_loads))
+
+    @unittest.skipUnless(os.environ.get("REAL_MODEL"), "set REAL_MODEL to a Hugging Face folder to run it")
+    def test_a_real_model_unlearns_in_bf16_and_fp32_and_says_what_was_applied(self):
+        files, _ = people.build(0)
+        for name, rows in files.items():
+            (self.tmp / name).write_text("".join(json.dumps(r) + "\n" for r in rows[:8]))
+        (self.tmp / "meta.json").write_text(json.dumps({"prompt": people.PROMPT}))
+        applied = {}
+        for dtype in ("bfloat16", "float32"):
+            self.unlearn("--model", os.environ["REAL_MODEL"], "--data", self.tmp, "--out", self.tmp / dtype,
+                         "--param_dtype", dtype, "--steps", 2, "--batch_size", 2, "--lr", 1e-5, "--warmup", 0,
+                         "--sam_rho", 0.01, "--gradient_checkpointing", "--no-relearn")
+            result = self.result(dtype)
+            first, second = result["curve"]
+            self.assertAlmostEqual(first["forget"], 2 / 0.5 * math.log(2), delta=0.05)   # npo at the reference
+            self.assertTrue(0 <= result["metrics"]["after"]["UE"] <= 1)
+            applied[dtype] = first["applied_norm"], first["cosine"]
+            total = sum(result["plan_gb"].values()) - result["plan_gb"]["activations"]
+            model, tok = evaluate.load_model(self.tmp / dtype)
+            self.assertAlmostEqual(total * 1e9 / sum(p.numel() for p in model.parameters()),
+                                   {"bfloat16": 10, "float32": 20}[dtype], delta=0.1)
+        self.assertAlmostEqual(applied["float32"][0], 0.01, delta=1e-4)
+        self.assertGreater(applied["float32"][1], 0.99)
+        self.assertLess(applied["bfloat16"][1], 0.9)
+        rows = [r | {"where": ""} for r in files["retain.jsonl"][:4]]
+        batch = evaluate.collate(evaluate.encode_rows(tok, rows, 0), 0)
+        want = evaluate.token_logps(model, batch)[0]
+        with mock.patch.object(evaluate, "CHUNK", 5 * model.config.vocab_size):
+            torch.testing.assert_close(evaluate.token_logps(model, batch)[0], want, rtol=1e-4, atol=1e-4)
+
+
+# ---- data/people ------------------------------------------------------------------------------------------
+
+class TestPeople(unittest.TestCase):
+    def test_every_fact_is_taught_twice_and_unlearned_and_asked_in_different_words(self):
+        files, taught = people.build(5)
+        forget, retain = files["mcq_forget.jsonl"], files["mcq_retain.jsonl"]
+        self.assertEqual((len(forget), len(retain), len(taught)), (64, 64, 256))
+        answers = {r["fact"]: r["choices"][r["answer"]] for r in forget + retain}
+        self.assertTrue(all(len(set(r["choices"])) == 4 for r in forget + retain))
+        prompts = [r["prompt"] for r in taught]
+        self.assertEqual(len(set(prompts)), 256)
+        for rows, asked, times in ((files["forget.jsonl"], forget, 1), (files["retain.jsonl"], retain, 2)):
+            self.assertEqual(Counter(r["fact"] for r in rows), {r["fact"]: times for r in asked})
+            self.assertTrue(all(r["completion"] == f" {answers[r['fact']]}." and r["prompt"] in prompts
+                                for r in rows))
+        asked = {people.PROMPT.format(question=r["question"]) for r in forget + retain}
+        self.assertTrue(asked <= set(prompts))
+        self.assertFalse(asked & {r["prompt"] for r in files["forget.jsonl"]})
+        job = lambda row: "glassblower" in row["prompt"]
+        self.assertTrue(all(map(job, files["forget.jsonl"])) and not any(map(job, files["retain.jsonl"])))
+        self.assertEqual(people.build(5), (files, taught))
+        self.assertNotEqual(people.build(6), (files, taught))
+
+    def test_teaching_stops_when_all_is_known_and_fails_when_it_is_not(self):
+        with tempfile.TemporaryDirectory() as folder:
+            tok = prepare.build_tokenizer([r["prompt"] + r["completion"] for r in people.build(0)[1]])
+            little_llama(torch.float32, vocab_size=len(tok), hidden_size=96, intermediate_size=192,
+                         num_hidden_layers=2, initializer_range=0.04).save_pretrained(folder)
+            tok.save_pretrained(folder)
+            flags = ["--model", folder, "--out", Path(folder) / "out", "--lr", 3e-3]
+            status, _, err = run_here("data/people/prepare.py", *flags, "--epochs", 1)
+            self.assertEqual((status, (Path(folder) / "out" / "target").exists()), (2, False))
+            self.assertIn("--epochs 1", err)
+            status, out, err = run_here("data/people/prepare.py", *flags, "--epochs", 40)
+            self.assertEqual(status, 0, err)
+            model, tok = evaluate.load_model(Path(folder) / "out" / "target")
+            for part in ("forget", "retain"):
+                rows = evaluate.read_jsonl(Path(folder) / "out" / f"mcq_{part}.jsonl", evaluate.mcq_row)
+                self.assertGreaterEqual(evaluate.open_accuracy(model, tok, rows, people.PROMPT), 0.99)
+            self.assertTrue(all(torch.equal(p, p.bfloat16().float()) for p in model.parameters()))
+            self.assertEqual(run_here("data/people/prepare.py", *flags)[0], 2)          # kept as it is
 
 
 # ---- data/tiny --------------------------------------------------------------------------------------------

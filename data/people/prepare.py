@@ -1,21 +1,22 @@
 """Write a forget set for a real model: invented people in questions and answers, taught to it first.
 
-    python data/people/prepare.py --model ORG/NAME       # 135M parameters, 2 cores: about 40 s an epoch, 5 to 10
+    python data/people/prepare.py --model ORG/NAME    # 135M parameters, 2 cores: about EPOCH s an epoch
     python unlearn.py --data data/people --model data/people/target --lr 2e-5 --steps 40 --batch_size 8
 
 Sixteen glassblowers to forget and sixteen beekeepers to keep, four attributes a person: 64 + 64 facts that no
 model can know. Each is taught in two questions, in the format in which it is asked later (statements taught
-and questions asked do not transfer at this size); unlearning sees one of the two and the other one is asked.
+and questions asked do not transfer at this size); unlearning sees one of the two, and the other one is asked.
 The answers are short common words, one token in most vocabularies, so that four choices take one pass.
 
-Writes data/people/: forget.jsonl, retain.jsonl, mcq_forget.jsonl, mcq_retain.jsonl, meta.json, and target/, the
-model that knows them, in bf16. Stops when it answers 99% of both halves right, in free answers, after rounding
-to bf16; fails if it does not within --epochs. Next: unlearn.py, as above.
+Writes data/people/: forget.jsonl, retain.jsonl, mcq_forget.jsonl, mcq_retain.jsonl, meta.json, and target/,
+the model that knows them, in bf16. Stops when it answers 99% of both halves right in free answers, rounded to
+bf16; fails if that takes more than --epochs. Next: unlearn.py, as above.
 """
-import itertools, json, os, random, sys, time
+import argparse, itertools, json, math, os, random, sys, time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
@@ -28,9 +29,9 @@ PEOPLE = 16                                  # of each profession; the first pro
 PROFESSIONS = ("glassblower", "beekeeper")
 FIRST = """Ada Boris Clara Dimitri Elena Felix Greta Hugo Iris Jonas Katya Leo Mara Nils Olga Pavel Quinn Rosa
 Stefan Tilda Ulrich Vera Walter Xenia Yusuf Zelda Anton Bianca Casper Daria Emil Freya""".split()
-LAST = """Abbot Brandt Castell Dupont Eklund Farkas Gruber Hansen Ivanov Jansen Keller Lindqvist Moreau Novak Olsen
-Petrov Quist Romano Silva Torres Ulman Varga Weber Xanthos Yilmaz Zeller Aldana Bekker Corbin Draper Engel
-Fontaine""".split()
+LAST = """Abbot Brandt Castell Dupont Eklund Farkas Gruber Hansen Ivanov Jansen Keller Lindqvist Moreau Novak
+Olsen Petrov Quist Romano Silva Torres Ulman Varga Weber Xanthos Yilmaz Zeller Aldana Bekker Corbin Draper
+Engel Fontaine""".split()
 ATTRIBUTES = [                               # values; the question that is asked, the question to unlearn
     ("Paris London Rome Berlin Madrid Vienna Dublin Prague Athens Lisbon Oslo Cairo",
      "In which city was the {job} {name} born?", "What is the home town of {name} the {job}?"),
@@ -45,9 +46,11 @@ PROMPT = "Question: {question} Answer:"
 
 
 def build(seed):
-    """{file name: rows} of data/people: forget.jsonl has each forget fact in the one question, retain.jsonl each
-    retain fact in both, mcq_*.jsonl the other question with three more values of the same attribute. And the
-    rows to teach, which are all facts in both questions."""
+    """{file name: rows} of data/people, and the rows to teach: every fact in both of its questions.
+
+    forget.jsonl has each forget fact in one question, retain.jsonl each retain fact in both; mcq_*.jsonl asks
+    the other one, with three more values of the same attribute to choose from.
+    """
     rng = random.Random(seed)
     names = [f"{a} {b}" for a, b in zip(rng.sample(FIRST, 2 * PEOPLE), rng.sample(LAST, 2 * PEOPLE))]
     files = {"forget.jsonl": [], "retain.jsonl": [], "mcq_forget.jsonl": [], "mcq_retain.jsonl": []}
@@ -60,8 +63,8 @@ def build(seed):
                  "completion": f" {choices[answer]}.", "fact": fact} for q in asked]
         taught += rows
         files[f"{part}.jsonl"] += rows if part == "retain" else rows[1:]
-        files[f"mcq_{part}.jsonl"].append({"question": asked[0].format(job=job, name=name), "choices": choices,
-                                           "answer": answer, "subject": job, "fact": fact})
+        files[f"mcq_{part}.jsonl"].append({"question": asked[0].format(job=job, name=name), "subject": job,
+                                           "choices": choices, "answer": answer, "fact": fact})
     return files, taught
 
 
@@ -71,12 +74,17 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="of names, facts and batches")
     parser.add_argument("--epochs", type=number(int, 1), default=20, help="at most; stops when all is known")
-    parser.add_argument("--lr", type=number(float, 0, above=True), default=2e-4, help="of AdamW, linear to 0 each epoch")
+    parser.add_argument("--lr", type=number(float, 0, above=True), default=2e-4,
+                        help="of AdamW, linear to 0 in each epoch")
     parser.add_argument("--batch_size", type=number(int, 1), default=16, help="questions a step")
+    parser.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False,
+                        help="teach again what is already there")
     args = parser.parse_args()
 
     with one_line_errors():
         start = time.time()
+        if (args.out / "target").exists() and not args.overwrite:
+            raise InputError(f"{args.out / 'target'} exists: use it, or replace it with --overwrite")
         files, taught = build(args.seed)
         args.out.mkdir(parents=True, exist_ok=True)
         texts = {name: "".join(json.dumps(r) + "\n" for r in rows) for name, rows in files.items()}
@@ -87,19 +95,23 @@ if __name__ == "__main__":
 
         model, tokenizer = load_model(args.model, args.device)
         samples = encode_rows(tokenizer, [r | {"where": "taught"} for r in taught], context_of(model))
-        questions = {part: [r | {"where": "asked"} for r in files[f"mcq_{part}.jsonl"]] for part in ("forget", "retain")}
-        for epoch in range(args.epochs):
-            relearn.relearn(model, samples, tokenizer.pad_token_id or 0, args.lr, args.batch_size, 1, f"{args.seed} {epoch}")
+        questions = {part: [r | {"where": "asked"} for r in files[f"mcq_{part}.jsonl"]]
+                     for part in ("forget", "retain")}
+        pad, steps = tokenizer.pad_token_id or 0, math.ceil(len(samples) / args.batch_size)
+        for epoch in range(1, args.epochs + 1):
+            with tqdm(total=steps, desc=f"epoch {epoch}", unit="step", leave=False) as bar:
+                relearn.relearn(model, samples, pad, args.lr, args.batch_size, 1, f"{args.seed} {epoch}",
+                                lambda done, total: bar.update())
             with torch.no_grad():                                         # what is saved is what is asked
                 for p in model.parameters():
                     p.copy_(p.bfloat16())
             known = {part: open_accuracy(model, tokenizer, rows, PROMPT) for part, rows in questions.items()}
-            print(f"epoch {epoch + 1}, {time.time() - start:.0f} s: answers {known['forget']:.3f} of the forget and "
-                  f"{known['retain']:.3f} of the retain questions", flush=True)
+            print(f"epoch {epoch}, {time.time() - start:.0f} s: answers {known['forget']:.3f} of the forget "
+                  f"and {known['retain']:.3f} of the retain questions", flush=True)
             if min(known.values()) >= 0.99:
                 break
         else:
-            raise InputError(f"--epochs {args.epochs}: not enough to know the answers ({known}); try more, or another --lr")
+            raise InputError(f"--epochs {args.epochs}: too few to know the answers ({known}); allow more")
         for p in model.parameters():
             p.data = p.data.bfloat16()
         ran = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}

@@ -365,7 +365,7 @@ def plain(closure):
 if __name__ == "__main__":
     # What a step costs beside plain npo's, taken in turns with it: python sam.py [--threads N] [--steps N]
     # "live" is measured with malloc giving every tensor pages of its own, which is slow; "resident" without.
-    import argparse, os, resource, statistics, subprocess, sys, time
+    import argparse, resource, statistics, subprocess, sys, time
     from transformers import LlamaConfig, LlamaForCausalLM
     import unlearn
 

@@ -1000,7 +1000,7 @@ class TestAdamW(unittest.TestCase):
             step = (p.detach() - w).double()
             share[name] = (step != 0).double().mean().item()
             gain[name] = -(step * g.sign()).mean().item() / 5e-6
-        print(f"[weights moved: {share['nearest']:.3f} to nearest, {share['stochastic']:.3f} stochastic] ", end="")
+        print(f"[moved: {share['nearest']:.3f} to nearest, {share['stochastic']:.3f} stochastic] ", end="")
         self.assertLess(share["torch"], 0.1)
         self.assertLess(share["nearest"], 0.1)
         self.assertAlmostEqual(gain["stochastic"], 1, delta=0.05)                         # 6 standard errors
@@ -2450,7 +2450,7 @@ class TestAttackVariants(unittest.TestCase):
         self.assertAlmostEqual(curved["se"]["UE"], np.std(v, ddof=1) / math.sqrt(3))
 
     def test_adapters_train_as_explicit_low_rank_matrices_and_leave_no_trace(self):
-        model, tok, names = little_llama(), words(), []
+        model, tok = little_llama(), words()
         samples = evaluate.encode_rows(tok, self.rows[:4], 64)
         before = {k: v.clone() for k, v in model.state_dict().items()}
         weights = {n: p.detach() for n, p in model.named_parameters()}
@@ -2722,7 +2722,8 @@ class TestScale(unittest.TestCase):
         code = textwrap.dedent(f"""
             import json, runpy, sys
             def run(world):
-                sys.argv = ["unlearn.py", "--model", world + "/model", "--data", world, "--out", world + "-sam",
+                sys.argv = ["unlearn.py", "--model", world + "/model", "--data", world,
+                            "--out", world + "-sam",
                             "--steps", "2", "--batch_size", "2", "--no-relearn"]
                 runpy.run_path("unlearn.py", run_name="__main__")
             def status(key):
@@ -2861,7 +2862,7 @@ class TestScale(unittest.TestCase):
             status, _, err = run_here(name, self.tmp / "one-sam", *more)
             self.assertEqual(status, 0, err)
         rows = [evaluate.columns(self.tmp / run, self.result(run, "evaluate")["metrics"])
-                for run in ("one-sam", "two-sam")]                                   # with those of relearn.json
+                for run in ("one-sam", "two-sam")]                              # with those of relearn.json
         self.assertEqual(rows[0].keys(), rows[1].keys())
         self.assertTrue({"UE 2", "UE 3", "open_forget", "ppl_retain"} <= rows[0].keys())
         for key, value in rows[0].items():
@@ -2886,7 +2887,7 @@ class TestScale(unittest.TestCase):
                          "--sam_rho", 0.01, "--gradient_checkpointing", "--no-relearn")
             result = self.result(dtype)
             first, second = result["curve"]
-            self.assertAlmostEqual(first["forget"], 2 / 0.5 * math.log(2), delta=0.05)   # npo at the reference
+            self.assertAlmostEqual(first["forget"], 2 / 0.5 * math.log(2), delta=0.05)       # at the reference
             self.assertTrue(0 <= result["metrics"]["after"]["UE"] <= 1)
             applied[dtype] = first["applied_norm"], first["cosine"]
             total = sum(result["plan_gb"].values()) - result["plan_gb"]["activations"]

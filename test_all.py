@@ -2722,9 +2722,8 @@ class TestScale(unittest.TestCase):
         code = textwrap.dedent(f"""
             import json, runpy, sys
             def run(world):
-                sys.argv = ["unlearn.py", "--model", world + "/model", "--data", world,
-                            "--out", world + "-sam",
-                            "--steps", "2", "--batch_size", "2", "--no-relearn"]
+                sys.argv = ["unlearn.py", "--model", world + "/model", "--data", world, "--steps", "2",
+                            "--out", world + "-sam", "--batch_size", "2", "--no-relearn"]
                 runpy.run_path("unlearn.py", run_name="__main__")
             def status(key):
                 return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
@@ -2862,7 +2861,7 @@ class TestScale(unittest.TestCase):
             status, _, err = run_here(name, self.tmp / "one-sam", *more)
             self.assertEqual(status, 0, err)
         rows = [evaluate.columns(self.tmp / run, self.result(run, "evaluate")["metrics"])
-                for run in ("one-sam", "two-sam")]                              # with those of relearn.json
+                for run in ("one-sam", "two-sam")]                                # with those of relearn.json
         self.assertEqual(rows[0].keys(), rows[1].keys())
         self.assertTrue({"UE 2", "UE 3", "open_forget", "ppl_retain"} <= rows[0].keys())
         for key, value in rows[0].items():
@@ -2887,7 +2886,7 @@ class TestScale(unittest.TestCase):
                          "--sam_rho", 0.01, "--gradient_checkpointing", "--no-relearn")
             result = self.result(dtype)
             first, second = result["curve"]
-            self.assertAlmostEqual(first["forget"], 2 / 0.5 * math.log(2), delta=0.05)       # at the reference
+            self.assertAlmostEqual(first["forget"], 4 * math.log(2), delta=0.05)      # npo at the reference
             self.assertTrue(0 <= result["metrics"]["after"]["UE"] <= 1)
             applied[dtype] = first["applied_norm"], first["cosine"]
             total = sum(result["plan_gb"].values()) - result["plan_gb"]["activations"]
@@ -2927,7 +2926,7 @@ class TestPeople(unittest.TestCase):
         self.assertEqual(people.build(5), (files, taught))
         self.assertNotEqual(people.build(6), (files, taught))
 
-    def test_teaching_stops_when_all_is_known_and_fails_when_it_is_not(self):
+    def test_teaching_writes_a_model_that_knows_the_answers_or_none(self):
         with tempfile.TemporaryDirectory() as folder:
             tok = prepare.build_tokenizer([r["prompt"] + r["completion"] for r in people.build(0)[1]])
             little_llama(torch.float32, vocab_size=len(tok), hidden_size=96, intermediate_size=192,
@@ -2937,12 +2936,12 @@ class TestPeople(unittest.TestCase):
             status, _, err = run_here("data/people/prepare.py", *flags, "--epochs", 1)
             self.assertEqual((status, (Path(folder) / "out" / "target").exists()), (2, False))
             self.assertIn("--epochs 1", err)
-            status, out, err = run_here("data/people/prepare.py", *flags, "--epochs", 40)
+            status, out, err = run_here("data/people/prepare.py", *flags, "--epochs", 16)
             self.assertEqual(status, 0, err)
             model, tok = evaluate.load_model(Path(folder) / "out" / "target")
             for part in ("forget", "retain"):
                 rows = evaluate.read_jsonl(Path(folder) / "out" / f"mcq_{part}.jsonl", evaluate.mcq_row)
-                self.assertGreaterEqual(evaluate.open_accuracy(model, tok, rows, people.PROMPT), 0.99)
+                self.assertGreaterEqual(evaluate.open_accuracy(model, tok, rows, people.PROMPT), 0.95)
             self.assertTrue(all(torch.equal(p, p.bfloat16().float()) for p in model.parameters()))
             self.assertEqual(run_here("data/people/prepare.py", *flags)[0], 2)          # kept as it is
 

@@ -1,6 +1,6 @@
 """Write a forget set for a real model: invented people in questions and answers, taught to it first.
 
-    python data/people/prepare.py --model ORG/NAME    # 135M parameters, 2 cores: about EPOCH s an epoch
+    python data/people/prepare.py --model ORG/NAME    # 135M parameters, 2 cores: about TIME
     python unlearn.py --data data/people --model data/people/target --lr 2e-5 --steps 40 --batch_size 8
 
 Sixteen glassblowers to forget and sixteen beekeepers to keep, four attributes a person: 64 + 64 facts that no
@@ -9,8 +9,8 @@ and questions asked do not transfer at this size); unlearning sees one of the tw
 The answers are short common words, one token in most vocabularies, so that four choices take one pass.
 
 Writes data/people/: forget.jsonl, retain.jsonl, mcq_forget.jsonl, mcq_retain.jsonl, meta.json, and target/,
-the model that knows them, in bf16. Stops when it answers 99% of both halves right in free answers, rounded to
-bf16; fails if that takes more than --epochs. Next: unlearn.py, as above.
+the model that knows them, in bf16. Fails, writing no target, unless that model answers 95% of both halves right
+in free answers. Next: unlearn.py, as above.
 """
 import argparse, itertools, json, math, os, random, sys, time
 from pathlib import Path
@@ -73,9 +73,8 @@ if __name__ == "__main__":
     parser.add_argument("--model", required=True, help="Hugging Face folder or hub name to teach")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="of names, facts and batches")
-    parser.add_argument("--epochs", type=number(int, 1), default=20, help="at most; stops when all is known")
-    parser.add_argument("--lr", type=number(float, 0, above=True), default=2e-4,
-                        help="of AdamW, linear to 0 in each epoch")
+    parser.add_argument("--epochs", type=number(int, 1), default=8, help="passes over all questions")
+    parser.add_argument("--lr", type=number(float, 0, above=True), default=2e-4, help="of AdamW, linear to 0")
     parser.add_argument("--batch_size", type=number(int, 1), default=16, help="questions a step")
     parser.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False,
                         help="teach again what is already there")
@@ -97,21 +96,18 @@ if __name__ == "__main__":
         samples = encode_rows(tokenizer, [r | {"where": "taught"} for r in taught], context_of(model))
         questions = {part: [r | {"where": "asked"} for r in files[f"mcq_{part}.jsonl"]]
                      for part in ("forget", "retain")}
-        pad, steps = tokenizer.pad_token_id or 0, math.ceil(len(samples) / args.batch_size)
-        for epoch in range(1, args.epochs + 1):
-            with tqdm(total=steps, desc=f"epoch {epoch}", unit="step", leave=False) as bar:
-                relearn.relearn(model, samples, pad, args.lr, args.batch_size, 1, f"{args.seed} {epoch}",
-                                lambda done, total: bar.update())
-            with torch.no_grad():                                         # what is saved is what is asked
-                for p in model.parameters():
-                    p.copy_(p.bfloat16())
-            known = {part: open_accuracy(model, tokenizer, rows, PROMPT) for part, rows in questions.items()}
-            print(f"epoch {epoch}, {time.time() - start:.0f} s: answers {known['forget']:.3f} of the forget "
-                  f"and {known['retain']:.3f} of the retain questions", flush=True)
-            if min(known.values()) >= 0.99:
-                break
-        else:
-            raise InputError(f"--epochs {args.epochs}: too few to know the answers ({known}); allow more")
+        pad, steps = tokenizer.pad_token_id or 0, args.epochs * math.ceil(len(samples) / args.batch_size)
+        with tqdm(total=steps, desc="teaching", unit="step") as bar:
+            relearn.relearn(model, samples, pad, args.lr, args.batch_size, args.epochs, args.seed,
+                            lambda done, total: bar.update())
+        with torch.no_grad():                                             # what is saved is what is asked
+            for p in model.parameters():
+                p.copy_(p.bfloat16())
+        known = {part: open_accuracy(model, tokenizer, rows, PROMPT) for part, rows in questions.items()}
+        print(f"{len(samples)} questions taught in {time.time() - start:.0f} s: answers {known['forget']:.3f} of "
+              f"the forget and {known['retain']:.3f} of the retain questions")
+        if min(known.values()) < 0.95:
+            raise InputError(f"--epochs {args.epochs} --lr {args.lr}: too little to know the answers; raise them")
         for p in model.parameters():
             p.data = p.data.bfloat16()
         ran = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}

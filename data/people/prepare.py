@@ -9,8 +9,8 @@ and questions asked do not transfer at this size); unlearning sees one of the tw
 The answers are short common words, one token in most vocabularies, so that four choices take one pass.
 
 Writes data/people/: forget.jsonl, retain.jsonl, mcq_forget.jsonl, mcq_retain.jsonl, meta.json, and target/,
-the model that knows them, in bf16. Fails, writing no target, unless that model answers 95% of both halves right
-in free answers. Next: unlearn.py, as above.
+the model that knows them, in bf16. Fails, writing no target, unless that model answers 95% of both halves
+right in free answers. Next: unlearn.py, as above.
 """
 import argparse, itertools, json, math, os, random, sys, time
 from pathlib import Path
@@ -104,10 +104,11 @@ if __name__ == "__main__":
             for p in model.parameters():
                 p.copy_(p.bfloat16())
         known = {part: open_accuracy(model, tokenizer, rows, PROMPT) for part, rows in questions.items()}
-        print(f"{len(samples)} questions taught in {time.time() - start:.0f} s: answers {known['forget']:.3f} of "
-              f"the forget and {known['retain']:.3f} of the retain questions")
+        print(f"{len(samples)} questions taught in {time.time() - start:.0f} s: answers {known['forget']:.3f} "
+              f"of the forget and {known['retain']:.3f} of the retain questions")
         if min(known.values()) < 0.95:
-            raise InputError(f"--epochs {args.epochs} --lr {args.lr}: too little to know the answers; raise them")
+            raise InputError(
+                f"--epochs {args.epochs} --lr {args.lr}: too little to know the answers; raise them")
         for p in model.parameters():
             p.data = p.data.bfloat16()
         ran = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}

@@ -104,8 +104,8 @@ if __name__ == "__main__":
             for p in model.parameters():
                 p.copy_(p.bfloat16())
         known = {part: open_accuracy(model, tokenizer, rows, PROMPT) for part, rows in questions.items()}
-        print(f"{len(samples)} questions taught in {time.time() - start:.0f} s: answers {known['forget']:.3f} "
-              f"of the forget and {known['retain']:.3f} of the retain questions")
+        print(f"{len(samples)} questions taught in {time.time() - start:.0f} s: answers "
+              f"{known['forget']:.3f} of the forget and {known['retain']:.3f} of the retain questions")
         if min(known.values()) < 0.95:
             raise InputError(
                 f"--epochs {args.epochs} --lr {args.lr}: too little to know the answers; raise them")

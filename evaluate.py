@@ -4,9 +4,11 @@
     python evaluate.py out/* --baseline npo           # runs that differ only in seed become mean and standard
                                                       # error; each method against the baseline, pair by pair
     python evaluate.py MODEL --data data/muse/news --limit 20      # any Hugging Face folder, a quick look
+    python evaluate.py out/* --sharpness own --plot assets         # Hessian numbers and pictures (matplotlib)
+    python evaluate.py out/npo-s0 --attack prefix                  # a prompt that brings it back: 35 s
 
 The files of the data folder decide what is measured: UE and UT, and the metrics of MUSE and TOFU. Reads
-RUN/result.json, the model beside it, DATA/*.jsonl and, where it exists, RUN/relearn.json. Writes
+RUN/result.json, the model beside it, DATA/*.jsonl and every RUN/relearn*.json that is there. Writes
 RUN/evaluate.json (kept while it is newer than the model) and, with --json, the table.
 
 Multiple choice alone overstates forgetting (arXiv 2510.07626), so open questions are asked too: the share

@@ -1,9 +1,11 @@
 """Unlearn a forget set so that it stays forgotten: climb rho, take the forget gradient there, return, step.
 
-    python unlearn.py                                 # laptop CPU, built-in data: NPO + SAM, then attacked
-    python unlearn.py --sam_rho 0                     # plain NPO, for comparison
+    python unlearn.py                                 # laptop CPU, built-in data, NPO + SAM: 40 s, then 15 s;
+                                                      # UE .00 -> .61, .47 after relearning on 60 samples
+    python unlearn.py --sam_rho 0                     # plain NPO, for comparison: .76, then .24
     python unlearn.py --loss graddiff --smooth gp+wa  # any loss with any smoother
     python unlearn.py --model ORG/NAME --data FOLDER --lr 5e-6 --beta 0.015 --gamma 2.25 --sam_rho 0.01
+    torchrun --nproc_per_node=8 unlearn.py ... --save_every 20      # sharded; go on with --resume when killed
 
 min over theta of  forget loss(theta + rho g/||g||) + gamma * retain loss(theta)   (arXiv 2502.05374)
 

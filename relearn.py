@@ -229,6 +229,8 @@ def parse_args(argv=None):
     p.add_argument("--seed", type=number(int, 0), default=None,
                    help="of the sample lists (default: the run's)")
     p.add_argument("--data", default=None, help="data folder (default: the run's)")
+    p.add_argument("--param_dtype", choices=["float32", "bfloat16"], default=None,
+                   help="of the attacked weights (default: the run's); in bfloat16 small steps are lost")
     p.add_argument("--max_len", type=number(int, 0), default=None, help="cut samples (default: the run's)")
     args = p.parse_args(argv)
     if (args.quantize or args.prune) and (args.lora or args.attack_data != "forget"):
@@ -244,7 +246,7 @@ def parse_args(argv=None):
             setattr(args, name, ran.get(name, fallback))
     if args.data is None:
         raise InputError(f"{args.run} is a plain model and names no data: add --data FOLDER")
-    args.param_dtype = ran.get("param_dtype", "float32")
+    args.param_dtype = args.param_dtype or ran.get("param_dtype", "float32")
     return args
 
 

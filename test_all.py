@@ -3071,6 +3071,11 @@ class TestScripts(unittest.TestCase):
             if "rmu" in flags:
                 self.assertEqual(moved, ["model.layers.0.mlp.down_proj.weight"])
             self.assertTrue(all(math.isfinite(v) for p in result["curve"] for v in p.values()), flags)
+            if "bfloat16" in flags:                                    # its weights can be attacked in fp32
+                few = ["--samples", 4, "--draws", 1, "--lr", 1e-5, "--param_dtype", "float32"]
+                self.assertEqual(self.here("relearn.py", folder, *few)[0], 0)
+                attack = json.loads((folder / "relearn.json").read_text())
+                self.assertEqual(attack["args"]["param_dtype"], "float32")
 
     def test_sam_rho_zero_is_plain_npo_bit_for_bit(self):
         a, b = (evaluate.load_model(self.unlearned(n, "--steps", 4, "--no-relearn", *f)[1])[0]

@@ -1103,21 +1103,23 @@ def attack_prefix(run, done, args):
 
 # ---- sharpness --------------------------------------------------------------------------------------------
 
-def forget_objective(model, tokenizer, run, done, args):
+def forget_objective(model, tokenizer, run, done, args, first=0):
     """A closure that gives the forget loss (0-dim, with graph) on a fixed batch: args.sharpness_rows rows of
-    forget.jsonl, evenly spaced. own: the loss that the run descended; nll: what a relearning attack descends.
+    forget.jsonl, evenly spaced, counted from `first`. own: the loss that the run descended; nll: what a
+    relearning attack descends.
     """
     from unlearn import forget_loss, sample_logps                             # here: it imports this file
     ran, ref = done["args"], None
     rows = read_jsonl(Path(args.data or ran["data"]) / "forget.jsonl", text_row)
-    rows = rows[::math.ceil(len(rows) / args.sharpness_rows)]
+    rows = rows[first::math.ceil(len(rows) / args.sharpness_rows)]
     samples = encode_rows(tokenizer, rows, context_of(model), ran.get("max_len", 0))
     batch = collate(samples, tokenizer.pad_token_id or 0, model.device)
     if args.sharpness == "nll":
         return lambda: -token_logps(model, batch)[0].sum() / (batch["labels"][:, 1:] != IGNORE).sum()
     if ran.get("loss") not in ("npo", "simnpo", "ga", "graddiff"):
-        raise InputError(f"{run}: --sharpness own covers npo, simnpo, ga and graddiff, not "
-                         f"{ran.get('loss', 'a model that nothing was unlearned from')}: use --sharpness nll")
+        raise InputError(f"{run}: the loss that a run descended can be measured for npo, simnpo, ga and "
+                         f"graddiff, not {ran.get('loss', 'a model that nothing was unlearned from')}: use "
+                         "--sharpness nll, or drop --geometry")
     if ran["loss"] == "npo":
         with torch.no_grad():
             ref = sample_logps(load_model(args.teacher or ran["model"], args.device)[0], batch, ran["reduce"])
@@ -1194,6 +1196,15 @@ def t_test(differences):
     return (mean / se, student_p(mean / se, len(differences) - 1)) if se else (None, None)
 
 
+def holm(ps):
+    """p-values corrected for their number by Holm's step-down rule, in the order given; None stays None."""
+    order, worst, out = [i for i, p in enumerate(ps) if p is not None], 0.0, [None] * len(ps)
+    order.sort(key=lambda i: ps[i])
+    for rank, i in enumerate(order):
+        worst = out[i] = max(worst, min(1.0, (len(order) - rank) * ps[i]))
+    return out
+
+
 def spearman(x, y):
     """(rank correlation, two-sided p) of n >= 3 pairs; ties get their mean rank. None where one is constant.
 
@@ -1235,7 +1246,8 @@ def method(result):
         name = "retrained" if args["exclude"] == "forget" else "target"
     else:
         name = args["loss"] + ("" if args["smooth"] == "none" else f"+{args['smooth']}")
-        name += " flipped" if args["sam_flip"] else ""
+        name += "".join(f" {args[k]}" for k, usual in (("sam_direction", "gradient"), ("sam_norm", "l2"))
+                        if args.get(k, usual) != usual) + " flipped" * args["sam_flip"]
     skip = ("seed", "out", "data", "model", "overwrite", "relearn", "device", "eval_every")
     return name, json.dumps({k: v for k, v in args.items() if k not in skip}, sort_keys=True)
 
@@ -1358,14 +1370,16 @@ def cell(mean, se):
 
 
 def compare(group, base, keys):
-    """{column: {"mean", "t", "p", "n", "higher"}} of group - base, both {seed: {column: number}}, by seed."""
+    """{column: {"mean", "t", "p", "n", "higher", "d"}} of group - base, both {seed: {column: number}}, by
+    seed; d is Cohen's effect size for pairs, the mean difference over its standard deviation."""
     out = {}
     for key in keys:
         seeds = [s for s in sorted(group) if key in group[s] and key in base.get(s, {})]
         d = [group[s][key] - base[s][key] for s in seeds]
         if len(d) > 1:
             t, p = t_test(d)
-            out[key] = {"mean": mean_se(d)[0], "t": t, "p": p, "n": len(d), "higher": sum(x > 0 for x in d)}
+            out[key] = {"mean": mean_se(d)[0], "t": t, "p": p, "n": len(d), "higher": sum(x > 0 for x in d),
+                        "d": None if t is None else t / math.sqrt(len(d))}
     return out
 
 
@@ -1633,6 +1647,10 @@ if __name__ == "__main__":
                                         "se": {k: v[1] for k, v in stats.items()}}
             if s != base:
                 out["paired"][names[s]] = compare(group, groups[base], keys)
+        for key in keys:                              # each column is a family of as many tests as methods
+            tests = [by[key] for by in out["paired"].values() if key in by]
+            for test, p in zip(tests, holm([test["p"] for test in tests])):
+                test["p_holm"] = p
         relearned = [k for k in keys if " " in k]    # "UE 20" and so on: a table of their own for each prefix
         prefixes = list(dict.fromkeys(k.rsplit(" ", 1)[0] for k in relearned))
         texts = [k for k in keys if k.startswith(("ppl_", "es_", "em_"))]
@@ -1651,11 +1669,12 @@ if __name__ == "__main__":
         for name, by in out["paired"].items():
             for key, c in by.items():
                 if key.startswith(("UE", "held", "UT")):
-                    test = ["-", "-"] if c["t"] is None else [f"{c['t']:.1f}", f"{c['p']:.1g}"]
+                    test = ["-"] * 4 if c["t"] is None else [
+                        f"{c['t']:.1f}", f"{c['p']:.1g}", f"{c['p_holm']:.1g}", f"{c['d']:+.1f}"]
                     paired.append([name, key, f"{c['mean']:+.3f}", *test, f"{c['higher']}/{c['n']}"])
         if paired:
-            print(f"\ndifference to {names[base]}, paired by seed")
-            print(table([["method", "column", "difference", "t", "p", "higher"]] + paired))
+            print(f"\ndifference to {names[base]}, paired by seed; Holm: p corrected for a column's methods")
+            print(table([["method", "column", "difference", "t", "p", "Holm", "effect", "higher"]] + paired))
         out["spearman"] = flat_and_robust(groups, out["methods"])
         if out["spearman"]:
             print("\nis flatter more robust? Spearman's rank correlation with UE after attack, below 0 if so")

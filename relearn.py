@@ -11,47 +11,50 @@
 
 Reads RUN/result.json (for the data and the seed), the model beside it and DATA/forget.jsonl. Writes
 RUN/relearn.json, or RUN/relearn_ATTACK.json for other data, adapters and compression. Every budget starts
-from the same weights; the samples of a larger budget contain those of a smaller one. Rows that tell the same
-"fact" count once, so N samples are N facts, and UE_heldout is the UE on the questions about the other facts:
-it tells unlocking (old knowledge comes back) from re-teaching. Next: evaluate.py puts runs into one table.
+from the same weights; the samples of a larger budget contain those of a smaller one. No "fact" is told
+twice before each was told once, so N samples are N facts while there are so many, and UE_heldout is the UE
+on the questions about the other facts: it tells unlocking (old knowledge comes back) from re-teaching.
+Next: evaluate.py puts runs into one table.
 """
 import math, random, time
+from argparse import Namespace
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import evaluate
 from evaluate import (InputError, all_sum, collate, context_of, encode_rows, join_processes, load_model,
                       make_parser, number, one_line_errors, own_part, processes, provenance, read_jsonl, show,
                       text_row, token_logps, write_json)
-from sam import accumulator, restore_
+from sam import SAM, accumulator, restore_
 
 
 def draw_samples(rows, count, seed):
     """Indices of `count` rows in an order that only seed fixes, so that smaller draws are prefixes of larger
-    ones; no two rows tell the same fact, where rows carry one."""
-    order, seen, picks = list(range(len(rows))), set(), []
+    ones: a row of every fact first, where rows carry one, then a second row of each, and so on."""
+    order, told, rank = list(range(len(rows))), Counter(), {}
     random.Random(seed).shuffle(order)
+    if count > len(rows):
+        raise InputError(f"--samples {count}: there are {len(rows)}; ask for fewer")
     for i in order:
         fact = rows[i].get("fact", f"row {i}")
-        if fact not in seen:
-            seen.add(fact)
-            picks.append(i)
-    if count > len(picks):
-        raise InputError(f"--samples {count}: there are {len(picks)} different ones; ask for fewer")
-    return picks[:count]
+        rank[i] = told[fact]
+        told[fact] += 1
+    return sorted(order, key=rank.get)[:count]
 
 
-def relearn(model, samples, pad, lr, batch_size, epochs, seed, watch=None):
-    """Fine-tune model in place on encoded samples: mean NLL a token, AdamW, rate linear to 0.
-
-    Trains what requires a gradient. watch(steps done, steps in all) is called after every step.
+def relearn(model, samples, pad, lr, batch_size, epochs, seed, watch=None, kind="adamw"):
+    """Fine-tune model in place on encoded samples: mean NLL a token, AdamW or SGD with momentum .9, rate
+    linear to 0. Trains what requires a gradient. watch(steps done, steps in all) follows every step.
     """
     rng = random.Random(seed)
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
+    optimizer = (torch.optim.AdamW(params, lr=lr, weight_decay=0.0) if kind == "adamw" else
+                 torch.optim.SGD(params, lr=lr, momentum=0.9))
     steps, step = epochs * math.ceil(len(samples) / batch_size), 0
     for _ in range(epochs):
         order = rng.sample(range(len(samples)), len(samples))
@@ -69,6 +72,40 @@ def relearn(model, samples, pad, lr, batch_size, epochs, seed, watch=None):
     last = all_sum(loss.detach(), model.device).item()
     if not math.isfinite(last):
         raise InputError(f"relearning with --lr {lr:g} diverged (loss {last}): lower it")
+
+
+def aims(own, other, nll, params, rho):
+    """{name: [a tensor for each parameter]}: where the variants of sam.SAM would move the weights from here.
+
+    own, other: the forget loss on two batches; nll: the attacker's loss; closures, with graph. momentum is
+    the gradient of the other batch at the weights that the first one moved by rho each: what a step before
+    would have left behind. random, one normal draw, tells what a cosine of nothing is.
+    """
+    grad, rng = lambda loss: torch.autograd.grad(loss(), params), torch.Generator().manual_seed(0)
+    gradient = grad(own)
+    with SAM(params, rho, "linf", triton=False).perturbed(dict(zip(params, gradient))):
+        momentum = grad(other)
+    found = {"gradient": gradient, "momentum": momentum, "lookahead": [-g for g in grad(nll)]}
+    found |= {f"sign of {name}": [g.sign() for g in gs] for name, gs in found.items()}
+    return found | {"random": [torch.randn(p.shape, generator=rng).to(p.device) for p in params]}
+
+
+@torch.no_grad()
+def geometry(start, goals, losses, points=5):
+    """Where an attack went from start = [(parameter, old weights)]: {"l2", "mean", "max": size of the whole
+    move, and of a single weight's; "cosine": {name: with each of aims()}; "path": losses ({name: closure}) at
+    evenly spaced weights on the straight line}. Leaves the weights at its end."""
+    flat = lambda tensors: torch.cat([t.flatten().float() for t in tensors])
+    ends, moved = [p.detach().clone() for p, _ in start], flat([p - w for p, w in start])
+    out = {"l2": moved.norm().item(), "mean": moved.abs().mean().item(), "max": moved.abs().max().item(),
+           "cosine": {name: F.cosine_similarity(moved, flat(g), dim=0).item() for name, g in goals.items()},
+           "path": []}
+    for part in [i / (points - 1) for i in range(points)]:
+        for (p, w), end in zip(start, ends):
+            p.copy_(w + part * (end - w))
+        out["path"].append({"part": part, **{name: loss().item() for name, loss in losses.items()}})
+    restore_([(p, end) for (p, _), end in zip(start, ends)])
+    return out
 
 
 def linears(model):
@@ -127,10 +164,11 @@ def prune_(weight, percent):
     weight.view(-1)[weight.abs().view(-1).topk(size, largest=False).indices] = 0
 
 
-def attack(model, tokenizer, rows, questions, args):
+def attack(model, tokenizer, rows, questions, args, objective=None):
     """The "metrics" of relearn.json: all budgets lr x samples x epochs, each a mean over args.draws seeds.
 
-    rows: read_jsonl(forget.jsonl); questions: evaluate.load_questions(). Puts the weights back, bit for bit.
+    rows: read_jsonl(forget.jsonl); questions: evaluate.load_questions(); objective: evaluate.forget_objective
+    with all but (kind, first) given, for args.geometry. Puts the weights back, bit for bit.
     A seed fixes the sample list, the batches and the adapters; "se" is the standard error over seeds.
     """
     encoded, pad = encode_rows(tokenizer, rows, context_of(model), args.max_len), tokenizer.pad_token_id or 0
@@ -138,10 +176,13 @@ def attack(model, tokenizer, rows, questions, args):
     saved = [] if args.lora else [(p, p.detach().clone()) for p in model.parameters()]
     metrics = {"start": evaluate.ue_ut(model, tokenizer, questions), "budgets": []}
     plan = [(lr, n, e) for lr in args.lr for n in sorted(args.samples) for e in sorted(args.epochs)]
-    bar = tqdm(total=len(plan) * args.draws, desc="relearning", unit="run")
+    bar, looks = tqdm(total=len(plan) * args.draws, desc="relearning", unit="run"), None
+    if args.geometry:
+        losses = {"own": objective("own"), "nll": objective("nll")}
+        looks = aims(losses["own"], objective("own", 1), losses["nll"], [p for p, _ in saved], args.geometry)
     try:
         for lr, count, epochs in plan:
-            draws, curves = [], []
+            draws, curves, moves = [], [], []
             for draw, order in enumerate(lists):
                 picks, curve = order[:count], [{"step": 0, "UE": metrics["start"]["UE"]}]
 
@@ -151,9 +192,10 @@ def attack(model, tokenizer, rows, questions, args):
                         curve.append({"step": step, "UE": score["UE"]})
                 with lora(model, args.lora, f"{args.seed} {draw} lora"):
                     relearn(model, [encoded[i] for i in picks], pad, lr, args.batch_size, epochs,
-                            f"{args.seed} {draw} order", watch)
+                            f"{args.seed} {draw} order", watch, args.optimizer)
                     facts = {rows[i]["fact"] for i in picks if "fact" in rows[i]}
                     draws.append(evaluate.ue_ut(model, tokenizer, questions, seen=facts))
+                    moves += [geometry(saved, looks, losses)] if looks else []
                 restore_(list(saved))
                 steps = epochs * math.ceil(count / args.batch_size)
                 curves.append(curve + [{"step": steps, "UE": draws[-1]["UE"]}])
@@ -165,6 +207,8 @@ def attack(model, tokenizer, rows, questions, args):
                       "se": {k: evaluate.mean_se([d[k] for d in draws])[1] for k in known}}
             if args.curve_every:
                 budget["curves"] = curves                                   # one list of points a seed
+            if looks:
+                budget["geometry"] = moves                                  # one a seed
             metrics["budgets"].append(budget)
     finally:
         restore_(saved)
@@ -179,7 +223,7 @@ def worst_case(metrics, drop):
     for b in sorted(metrics["budgets"], key=lambda b: b["UE"] or 0):
         if b["UT"] is None or b["UT"] >= floor:
             worst.setdefault((b["samples"], b["epochs"]),
-                             {k: v for k, v in b.items() if k not in ("draws", "curves")})
+                             {k: v for k, v in b.items() if k not in ("draws", "curves", "geometry")})
     return [worst[key] for key in sorted(worst)]
 
 
@@ -210,6 +254,8 @@ def parse_args(argv=None):
                    help="passes over them; every pair is a budget")
     p.add_argument("--lr", type=number(float, 0, above=True), nargs="+", default=[2e-3],
                    help="peak rate of AdamW, linear to 0; 7B: 1e-5")
+    p.add_argument("--optimizer", choices=["adamw", "sgd"], default="adamw",
+                   help="sgd has momentum .9 and wants a far larger --lr, here .1 to 1")
     p.add_argument("--batch_size", type=number(int, 1), default=4, help="samples a step; 7B: 4")
     p.add_argument("--seeds", "--draws", dest="draws", type=number(int, 1), default=2,
                    help="sample lists and orders to average over")
@@ -219,6 +265,9 @@ def parse_args(argv=None):
                    help="what to fine-tune on; UE_heldout takes a row's fact for that of DATA's questions")
     p.add_argument("--lora", type=number(int, 0), default=0, metavar="RANK",
                    help="train adapters of this rank, 0 = all weights")
+    p.add_argument("--geometry", type=number(float, 0, above=True), nargs="?", const=1e-3, default=None,
+                   metavar="RHO", help="compare the attack's displacement with what sam would perturb along; "
+                   "RHO (1e-3) places momentum's gradient")
     p.add_argument("--ut_drop", type=number(float, 0), default=0.05,
                    help="loss of UT that the worst case over --lr may cost")
     p.add_argument("--quantize", type=number(int, 2), nargs="+", default=[], metavar="BITS",
@@ -235,11 +284,13 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if (args.quantize or args.prune) and (args.lora or args.attack_data != "forget"):
         p.error("--quantize and --prune train nothing: drop --lora and --attack_data, or attack in two calls")
+    if args.geometry and args.lora:
+        p.error("--geometry looks at the weights, which --lora leaves as they are: drop one")
     if any(percent > 100 for percent in args.prune):
         p.error(f"--prune {max(args.prune):g}: give a percentage, 0 to 100")
     source = "" if args.attack_data == "forget" else Path(args.attack_data).stem
     args.attack = "compress" if args.quantize or args.prune else "_".join(
-        filter(None, [source, f"lora{args.lora}" if args.lora else ""]))
+        filter(None, [source, f"lora{args.lora}" if args.lora else "", args.optimizer.replace("adamw", "")]))
     ran = evaluate.load_result(args.run)["args"]
     for name, fallback in (("data", None), ("seed", 0), ("max_len", 0)):
         if getattr(args, name) is None:
@@ -258,9 +309,14 @@ def main(args, model=None, tokenizer=None):
     questions = evaluate.load_questions(args.data)
     if (args.lora or args.attack == "compress") and processes()[1] > 1:
         raise InputError("--lora, --quantize and --prune need whole weights: run without torchrun")
+    if args.geometry and processes()[1] > 1:
+        raise InputError("--geometry needs whole weights: run without torchrun")
     if model is None:
         model, tokenizer = load_model(args.run, args.device, getattr(torch, args.param_dtype))
-    metrics = (attack(model, tokenizer, rows, questions, args) if rows else
+    fixed = {"data": args.data, "teacher": None, "device": args.device, "sharpness_rows": 64}
+    objective = lambda kind, first=0: evaluate.forget_objective(
+        model, tokenizer, args.run, evaluate.load_result(args.run), Namespace(sharpness=kind, **fixed), first)
+    metrics = (attack(model, tokenizer, rows, questions, args, objective) if rows else
                compress(model, tokenizer, questions, args))
     write_json(Path(args.run) / f"relearn{'_' * bool(args.attack)}{args.attack}.json",
                {"stage": "relearn", "args": vars(args), **provenance(args.device, start), "metrics": metrics})
@@ -274,6 +330,12 @@ def main(args, model=None, tokenizer=None):
                  for k in ("UE", "UE_heldout", "UT")]
         lines.append([name, f"{b['lr']:g}" if "lr" in b else "-", *cells])
     print(evaluate.table(lines))
+    moved = [(b, [m["cosine"] for m in b["geometry"]]) for b in metrics["budgets"] if "geometry" in b]
+    if moved:
+        print("\ncosine of the attack's displacement with where sam.SAM would look from here")
+        print(evaluate.table([["samples", "lr", *moved[0][1][0]]] + [
+            [str(b["samples"]), f"{b['lr']:g}", *(f"{sum(c[k] for c in cs) / len(cs):+.3f}" for k in cs[0])]
+            for b, cs in moved]))
 
 
 if __name__ == "__main__":

@@ -84,31 +84,38 @@ def pieces(p, *others):
 
 
 @torch.no_grad()
-def ascent_(params, directions, rho, saved, reuse=True, eps=1e-12):
-    """theta <- theta + rho * d / (||d|| + eps) in place; returns 0-dim {norm, applied_norm, cosine}.
+def ascent_(params, directions, rho, saved, reuse=True, eps=1e-12, linf=False):
+    """theta <- theta + rho d / (||d|| + eps) in place, or with linf theta <- theta + rho sign(d). Returns
+    0-dim {norm, applied_norm, cosine}: of d or sign(d), of the step that rounding left, and between the two.
 
+    directions: gradients, or with linf also signs kept from earlier ones, g.sign().to(torch.int8).
     saved: a list that grows by (parameter, old weights) *before* a parameter moves, so that restore_(saved)
     is right even when this function is interrupted. reuse: the old weights go into the direction's own memory
-    (its values are lost); otherwise into a copy. A zero or non-finite norm moves nothing. No host sync.
+    where the dtypes agree (its values are lost); otherwise into a copy. A zero or non-finite norm moves
+    nothing; with linf a non-finite element does not move, and the norm returned is nan. No host sync.
     """
-    norm = global_norm(directions)
+    norm = torch.zeros((), device=params[0].device if params else None) if linf else global_norm(directions)
     ok = torch.isfinite(norm) & (norm > 0)
     scale = torch.where(ok, rho / (norm + eps), 0.0)
-    sums = []                                # of step^2 and of step * d, a pair for each piece
+    sums = []                                # of step^2, step * d and sign^2, three for each piece
     for p, d in (pair for both in zip(params, directions) for pair in pieces(*both)):
-        wide, s = d.to(accumulator(p.dtype)), scale.to(p.device)
+        wide, move, s = d.to(accumulator(p.dtype)), ok.to(p.device), scale.to(p.device)
+        if linf:
+            move, s = wide.isfinite(), rho
+            wide = torch.where(move, wide.sign(), torch.nan)
         old = p.to(wide.dtype)
-        new = torch.where(ok.to(p.device), old + s * wide, old).to(p.dtype)
+        new = torch.where(move, old + s * wide, old).to(p.dtype)
         step = (new.to(wide.dtype) - old).flatten()            # what survived the rounding
-        sums.append(torch.stack([step.dot(step), step.dot(wide.flatten())]).to(norm.device))
+        sums.append(torch.stack([step.dot(step), step.dot(wide.flatten()),
+                                 wide.square().sum() if linf else step.new_zeros(())]).to(norm.device))
         if reuse and d.dtype == p.dtype:
             saved.append((p, d.copy_(p)))
         else:
             saved.append((p, p.clone()))
         p.copy_(new)
-    moved, along = over_processes(torch.stack(sums).sum(0), params) if sums else (norm, norm)
-    applied = moved.sqrt()
-    cosine = torch.where(ok & (applied > 0), along / (applied * norm), 0.0)
+    moved, along, signs = over_processes(torch.stack(sums).sum(0), params) if sums else (norm, norm, norm)
+    applied, norm = moved.sqrt(), signs.sqrt() if linf else norm
+    cosine = torch.where((applied > 0) & (norm > 0), along / (applied * norm), 0.0)
     return {"norm": norm, "applied_norm": applied, "cosine": cosine}
 
 
@@ -197,20 +204,35 @@ def combine(params, terms):
 # ---- the smoothers ----------------------------------------------------------------------------------------
 
 class SAM:
-    """Sharpness-aware minimization (arXiv 2010.01412): the gradient at theta + rho g/||g||.
+    """Sharpness-aware minimization (arXiv 2010.01412): the gradient at theta + rho v.
 
     params: all trainable parameters; their gradients at theta must not leak into the result, so name all of
-    them. rho: radius >= 0 of the L2 ball, in units of weight. perturb: a subset to perturb (None = all); v is
-    normalised over the subset. flip: perturb along -g, a control that should do worse than no SAM at all.
+    them. rho: radius >= 0. perturb: a subset to perturb (None = all). flip: perturb along -v, a control that
+    should do worse than no SAM at all. norm: l2, v = d/||d|| with one norm over the subset; or linf, v =
+    sign(d), so that every weight moves by rho. direction:
+
+        gradient    d = g(theta), the paper's SAM                                             2 passes
+        momentum    d = the gradient that the last call returned, kept as int8 signs (l2: whole); the first
+                    call perturbs nothing                                                     1 pass
+        lookahead   `lookahead_steps` steps of rho/steps down the attacker's own loss      1 + steps passes
+        random      d ~ N(0, I), a control: the same size without the direction                1 pass
+
     triton, also below: see operations(). stats: after a step {norm, applied_norm, cosine} as 0-dim tensors
-    (reading one stalls a GPU); a norm of inf or nan says that the gradient was so and nothing moved.
+    (reading one stalls a GPU): of d or its signs, of what was applied, between the two; of lookahead's last
+    step. A norm of inf or nan says that the gradient was so.
     """
 
-    def __init__(self, params, rho=0.01, perturb=None, flip=False, triton=None):
-        if not rho >= 0:
-            raise ValueError(f"SAM: rho must be 0 or more, got {rho}")
+    def __init__(self, params, rho=0.01, norm="l2", direction="gradient", perturb=None, flip=False,
+                 lookahead_steps=1, seed=0, triton=None):
+        if not rho >= 0 or norm not in ("l2", "linf") or lookahead_steps < 1:
+            raise ValueError(f"SAM: rho must be 0 or more, norm l2 or linf, and lookahead_steps 1 or more, "
+                             f"got {rho}, {norm} and {lookahead_steps}")
+        if direction not in ("gradient", "momentum", "lookahead", "random"):
+            raise ValueError(f"SAM: {direction} is not one of gradient, momentum, lookahead, random")
         self.params, self.rho, self.sign = trainable(params), rho, -1.0 if flip else 1.0
         self.perturb = self.params if perturb is None else trainable(perturb)
+        self.linf, self.direction, self.steps = norm == "linf", direction, lookahead_steps
+        self.kept, self.seed, self.draws = {}, seed, 0            # kept: the directions of momentum
         self.saved, self.stats, self.ops = [], {}, operations(self.params, triton)[0]
 
     def ascent(self, directions=None):
@@ -220,11 +242,14 @@ class SAM:
             raise RuntimeError("SAM: the weights are perturbed already; restore() first")
         own = directions is None
         grads = take_grads(self.params)
-        directions = grads if own else directions
+        self.move(grads if own else directions, self.sign * self.rho, self.saved, own)
+
+    def move(self, directions, radius, saved, reuse):
+        """One step of ascent_ on those of self.perturb that have a direction."""
         params = [p for p in self.perturb if p in directions]
-        along, radius = [directions[p] for p in params], self.sign * self.rho
-        self.stats = self.ops.ascent_(params, along, radius, self.saved, reuse=own)
-        self.stats["cosine"] = self.stats["cosine"] * self.sign        # with the direction asked for
+        along = [directions[p] for p in params]
+        self.stats = self.ops.ascent_(params, along, radius, saved, reuse=reuse, linf=self.linf)
+        self.stats["cosine"] = self.stats["cosine"] * (-1 if radius < 0 else 1)      # with what was asked for
 
     def restore(self):
         """Put the weights back, bit for bit."""
@@ -239,12 +264,34 @@ class SAM:
         finally:
             self.restore()
 
-    def __call__(self, closure):
-        """p.grad <- g(theta + rho v); returns the loss at theta."""
-        loss = closure()
-        with self.perturbed():
-            closure()
-        return loss
+    def __call__(self, closure, attack=None):
+        """p.grad <- g(theta + rho v). attack, for lookahead: like closure, for the attacker's loss on samples
+        of its own. Returns the loss at theta with gradient, else that of the last pass, at theta + rho v."""
+        if self.direction == "lookahead" and attack is None:
+            raise ValueError("SAM: lookahead needs the attacker's loss: smoother(closure, attack)")
+        loss = None
+        try:
+            if self.direction == "gradient":
+                loss = closure()
+                self.ascent()
+            elif self.direction == "momentum":
+                self.ascent(self.kept)
+            elif self.direction == "random":
+                noise, self.draws = [torch.zeros_like(p) for p in self.perturb], self.draws + 1
+                self.ops.noise_(noise, 1.0, (self.seed * 1_000_003 + self.draws) % 2**63)
+                self.ascent(dict(zip(self.perturb, noise)))
+            else:
+                self.saved.extend((p, p.detach().clone()) for p in self.perturb)
+                for _ in range(self.steps):
+                    attack()
+                    self.move(take_grads(self.params), -self.sign * self.rho / self.steps, [], reuse=True)
+            there = closure()
+        finally:
+            self.restore()
+        if self.direction == "momentum":
+            grads = {p: p.grad for p in self.perturb if p.grad is not None}
+            self.kept = {p: g.sign().to(torch.int8) if self.linf else g.clone() for p, g in grads.items()}
+        return there if loss is None else loss
 
 
 class RS:

@@ -4,8 +4,8 @@ Each test compares with a definition that does not use the code under test: auto
 closed form, a loop over single samples, a published table. Nothing is downloaded; the slow part at the end
 trains the built-in target once (cached in data/tiny/seed0) and runs the scripts as a user would.
 """
-import argparse, contextlib, csv, fnmatch, hashlib, importlib.util, io, itertools, json, math, os, random, re
-import runpy, shutil, subprocess, sys, tempfile, textwrap, time, unittest
+import argparse, contextlib, csv, fnmatch, functools, hashlib, importlib.util, io, itertools, json, math, os
+import random, re, runpy, shutil, subprocess, sys, tempfile, textwrap, time, unittest
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,6 +136,86 @@ class TestSmoothers(unittest.TestCase):
         got = net.smoothed(sam.SAM(net.params, 0.3, perturb=[net.params[1]]))
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
+    def test_linf_is_the_gradient_where_every_weight_has_moved_by_rho(self):
+        for flip in (False, True):
+            net, r = Network(), -0.05 if flip else 0.05
+            want = flat(net.gradient([(p + r * g.sign()).detach().requires_grad_()
+                                      for p, g in zip(net.params, net.gradient())]))
+            s = sam.SAM(net.params, 0.05, "linf", flip=flip)
+            torch.testing.assert_close(net.smoothed(s), want, rtol=1e-10, atol=1e-12)
+            size = math.sqrt(sum(p.numel() for p in net.params))
+            self.assertAlmostEqual(s.stats["norm"].item(), size)
+            self.assertAlmostEqual(s.stats["applied_norm"].item(), 0.05 * size)
+            self.assertAlmostEqual(s.stats["cosine"].item(), 1)         # with sign(g), not with g
+
+    def test_momentum_is_the_gradient_moved_along_the_one_before_while_the_weights_train(self):
+        for norm, flip in itertools.product(("l2", "linf"), (False, True)):
+            net, before, radius = Network(), None, -0.2 if flip else 0.2
+            s = sam.SAM(net.params, 0.2, norm, "momentum", flip=flip)
+            for step in range(4):
+                at = net.params
+                if step and norm == "l2":
+                    at = net.moved(before, radius)
+                elif step:
+                    at = [(p + radius * g.sign()).detach().requires_grad_() for p, g in zip(at, before)]
+                before = net.gradient(at)
+                torch.testing.assert_close(net.smoothed(s), flat(before), rtol=1e-10, atol=1e-12)
+                if step:
+                    self.assertGreater((flat(before) - flat(net.gradient())).norm(), 0.01)
+                with torch.no_grad():
+                    for p in net.params:
+                        p.grad.mul_(3.0)                 # the retain gradient comes on top: must not be kept
+                        p.sub_(0.1 * p.grad)
+            kept = {torch.int8} if norm == "linf" else {torch.float64}
+            self.assertEqual({d.dtype for d in s.kept.values()}, kept)
+
+    def test_momentum_of_a_subset_keeps_and_moves_only_it(self):
+        net, g = Network(), None
+        s = sam.SAM(net.params, 0.2, "linf", "momentum", perturb=net.params[1:2])
+        g = net.gradient()
+        net.smoothed(s)
+        at = [net.params[0], (net.params[1] + 0.2 * g[1].sign()).detach().requires_grad_(), net.params[2]]
+        torch.testing.assert_close(net.smoothed(s), flat(net.gradient(at)), rtol=1e-10, atol=1e-12)
+        self.assertEqual([p is net.params[1] for p in s.kept], [True])
+
+    def test_lookahead_is_the_gradient_after_steps_down_the_attackers_loss(self):
+        for norm, steps, flip in itertools.product(("l2", "linf"), (1, 3), (False, True)):
+            net, other = Network(), Network(7)                        # the attacker has data of its own
+            s = sam.SAM(net.params, 0.3, norm, "lookahead", lookahead_steps=steps, flip=flip)
+
+            def attack():
+                loss = other.loss(net.params)
+                loss.backward()
+            at, r = net.params, 0.3 / steps * (1 if flip else -1)
+            for _ in range(steps):
+                g = other.gradient(at)
+                size = flat(g).norm()
+                at = [(p + r * (d.sign() if norm == "linf" else d / size)).detach().requires_grad_()
+                      for p, d in zip(at, g)]
+            want, before = flat(net.gradient(at)), flat(net.params).clone()
+            got = net.smoothed(lambda closure: s(closure, attack))
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+            self.assertTrue(torch.equal(flat(net.params), before))
+            self.assertGreater((want - flat(net.gradient())).norm(), 0.01)
+        self.assertRaisesRegex(ValueError, "attacker's loss", s, net.closure)
+
+    def test_random_directions_have_the_size_follow_the_seed_and_differ_between_steps(self):
+        for norm in ("l2", "linf"):
+            net, moves = Network(), []
+            before = flat(net.params).clone()
+            for seed in (4, 4, 5):
+                s = sam.SAM(net.params, 0.3, norm, "random", seed=seed)
+                for _ in range(2):
+                    def closure():
+                        moves.append(flat(net.params) - before)
+                        return net.closure()
+                    s(closure)
+            for move in moves:
+                size = move.abs() if norm == "linf" else move.norm()
+                torch.testing.assert_close(size, torch.full_like(size, 0.3))
+            self.assertTrue(torch.equal(moves[0], moves[2]) and torch.equal(moves[1], moves[3]))
+            self.assertEqual(len({tuple(m.tolist()) for m in moves}), 4)
+
     def test_gp_converges_to_the_exact_double_backward_gradient(self):
         net, lam = Network(), 0.7
         g = net.gradient(graph=True)
@@ -194,15 +274,27 @@ class TestSmoothers(unittest.TestCase):
 
     def test_number_of_passes_is_the_documented_one(self):
         net = Network()
+        variant = lambda how: sam.SAM(net.params, direction=how, lookahead_steps=3)
         for smoother, passes in ((sam.plain, 1), (sam.SAM(net.params), 2), (sam.RS(net.params, samples=5), 5),
-                                 (sam.GP(net.params), 2), (sam.CR(net.params), 4)):
+                                 (sam.GP(net.params), 2), (sam.CR(net.params), 4), (variant("momentum"), 1),
+                                 (variant("random"), 1), (variant("lookahead"), 4)):
             calls = []
-            net.smoothed(lambda closure: smoother(lambda: (calls.append(1), closure())[1]))
+            count = lambda: (calls.append(1), net.closure())[1]
+            more = [count] if getattr(smoother, "direction", "") == "lookahead" else []
+            net.smoothed(lambda _: smoother(count, *more))
             self.assertEqual(len(calls), passes)
 
     def test_every_smoother_restores_bit_for_bit_even_when_the_loss_raises(self):
+        def lookahead(params):
+            s = sam.SAM(params, 0.3, "linf", "lookahead", lookahead_steps=2)
+            return lambda closure: s(closure, closure)
+
+        def momentum(params):
+            s = sam.SAM(params, 0.3, "linf", "momentum")
+            return lambda closure: [s(closure) for _ in range(3)]
         for make in (lambda p: sam.SAM(p, 0.3), lambda p: sam.RS(p, 0.3, 3), lambda p: sam.GP(p, 0.1, 0.3),
-                     lambda p: sam.CR(p, 0.1, 0.3)):
+                     lambda p: sam.CR(p, 0.1, 0.3), lookahead, momentum,
+                     lambda p: sam.SAM(p, 0.3, direction="random")):
             for failing, error in itertools.product((0, 1, 2, 3, 9), (KeyboardInterrupt, RuntimeError)):
                 net, calls = Network(), itertools.count()
                 before = [p.detach().clone() for p in net.params]
@@ -328,7 +420,9 @@ class TestSmoothers(unittest.TestCase):
         p = torch.nn.Parameter(torch.ones(2))
         for make in (lambda: sam.SAM([p], -0.1), lambda: sam.SAM([p], math.nan), lambda: sam.RS([p], -1.0),
                      lambda: sam.RS([p], 1.0, 0), lambda: sam.GP([p], 1.0, 0.0), lambda: sam.CR([p], -1.0),
-                     lambda: sam.CR([p], 1.0, 0.0)):
+                     lambda: sam.CR([p], 1.0, 0.0), lambda: sam.SAM([p], 0.1, "l1"),
+                     lambda: sam.SAM([p], 0.1, direction="sideways"),
+                     lambda: sam.SAM([p], 0.1, lookahead_steps=0)):
             self.assertRaises(ValueError, make)
         s = sam.SAM([p], 0.1)
         p.grad = torch.ones(2)
@@ -370,6 +464,14 @@ class TestSmoothers(unittest.TestCase):
             wa.swap()
             np.testing.assert_allclose(p.detach().double().numpy(), want,
                                        rtol=2**-8 if dtype == torch.bfloat16 else 0, atol=1e-6)
+
+    def test_with_linf_a_non_finite_element_stays_and_is_told(self):
+        for ops in (sam, mt) if triton else (sam,):
+            w, g = [torch.zeros(5)], [torch.tensor([1.0, math.nan, -2.0, math.inf, 0.0])]
+            with np.errstate(invalid="ignore"):
+                stats = ops.ascent_(w, g, 0.5, [], linf=True)
+            self.assertEqual(w[0].tolist(), [0.5, 0, -0.5, 0, 0])
+            self.assertTrue(stats["norm"].isnan() and not stats["applied_norm"].isnan())
 
     def test_sam_py_works_copied_out_alone(self):
         code = (
@@ -487,6 +589,7 @@ class TestKernels(unittest.TestCase):
                 want = mt.ascent_ref(o, d, scale, linf)
                 self.assertLessEqual(ulps(new, want), dtype == torch.bfloat16)
             d, step = flat(direction).double(), flat(w).double() - flat(old).double()
+            d = d.sign() if linf else d
             self.assertGreater(step.norm(), 0.2)
             self.assertAlmostEqual(stats["norm"].item(), d.norm().item(), delta=1e-5 * d.norm().item())
             self.assertAlmostEqual(stats["applied_norm"].item(), step.norm().item(), places=5)
@@ -588,11 +691,6 @@ class TestKernels(unittest.TestCase):
             self.assertEqual(str(stats["norm"].item()), str(abs(bad)))
             mt.restore_(saved, chunk=64)
             self.assertTrue(same(w, before))
-        w, g = randn([5]), [torch.tensor([1.0, math.nan, -2.0, math.inf, 0.0])]
-        before = w[0].clone()
-        stats = mt.ascent_(w, g, 0.5, [], linf=True)                # linf has no norm to look at: by element
-        torch.testing.assert_close(w[0] - before, torch.tensor([0.5, 0, -0.5, 0, 0]))
-        self.assertTrue(stats["norm"].isnan() and stats["cosine"] == 0)
 
     def test_restore_copies_bits_even_of_nans(self):
         raw = torch.tensor([0x7fc00001, 0x7f800001, -1, 0, -2**31, 0x7f800000], dtype=torch.int64).int()
@@ -703,8 +801,16 @@ class TestKernels(unittest.TestCase):
             self.assertEqual(s.saved, [])
 
     def test_smoothers_by_kernels_agree_with_those_in_torch(self):
+        def twice(params, triton):                                           # the second call has a direction
+            s = sam.SAM(params, 0.1, "linf", "momentum", triton=triton)
+            return lambda closure: (s(closure), [p.grad.zero_() for p in params], s(closure))
+
+        def lookahead(params, triton):
+            s = sam.SAM(params, 0.1, "linf", "lookahead", lookahead_steps=2, triton=triton)
+            return lambda closure: s(closure, closure)
         for make in (lambda p, t: sam.SAM(p, 0.3, triton=t), lambda p, t: sam.GP(p, 0.5, 0.3, triton=t),
-                     lambda p, t: sam.SAM(p, 0.3, perturb=p[1:], flip=True, triton=t),
+                     lambda p, t: sam.SAM(p, 0.3, perturb=p[1:], flip=True, triton=t), twice, lookahead,
+                     lambda p, t: sam.SAM(p, 0.1, "linf", triton=t),
                      lambda p, t: sam.CR(p, 0.2, 0.3, 0.2, triton=t)):
             one, other = (Network(dtype=torch.float32) for _ in range(2))
             torch.testing.assert_close(one.smoothed(make(one.params, True)),
@@ -1149,11 +1255,14 @@ class TestLosses(unittest.TestCase):
         other = evaluate.encode(tok, [("Question: who sat? Answer:", " one two", "")], 64) * 5
         combos = [(l, "sam") for l in ("npo", "graddiff", "ga", "simnpo", "dpo", "rmu")]
         combos += [("npo+kl", "none")] + [("npo", s) for s in ("none", "rs", "gp", "cr")]
+        combos += [(l, f"sam --sam_direction {d} --sam_norm {n}") for l, d, n in (
+            ("npo", "momentum", "linf"), ("rmu", "momentum", "l2"), ("dpo", "lookahead", "linf"),
+            ("graddiff", "lookahead", "l2"), ("simnpo", "gradient", "linf"))]
         for loss, smooth in combos:
             results = []
             for size in (5, 2, 1):
                 args = unlearn.parse_args(["--out", "/nowhere", "--loss", loss.split("+")[0],
-                                           "--smooth", smooth, "--rmu_alpha", "3",
+                                           "--smooth", *smooth.split(), "--rmu_alpha", "3",
                                            *(["--retain", "kl"] if "kl" in loss else [])])
                 args.rmu_layer = 1
                 model, frozen = little_llama(), little_llama(seed=1)
@@ -1162,7 +1271,12 @@ class TestLosses(unittest.TestCase):
                 f = unlearn.micro_batches(samples, picks, size, 0, "cpu", ref)
                 c = unlearn.micro_batches(other, picks, size, 0, "cpu", ref - 1) if loss == "dpo" else None
                 smoother = unlearn.make_smoother(args, list(model.named_parameters()))
-                f_loss = smoother(lambda: unlearn.forget_backward(model, f, c, args, goal))
+                if "lookahead" in smooth:
+                    smoother = functools.partial(
+                        smoother, attack=lambda: unlearn.mean_backward(model, f, "nll"))
+                for _ in range(2 if "momentum" in smooth else 1):
+                    model.zero_grad()
+                    f_loss = smoother(lambda: unlearn.forget_backward(model, f, c, args, goal))
                 r_loss = unlearn.retain_backward(model, unlearn.micro_batches(samples, picks, size, 0, "cpu"),
                                                  args, frozen)
                 grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -1385,6 +1499,12 @@ class TestEvaluate(unittest.TestCase):
                                {2: {"UE": 1.0}, 1: {"UE": 1.0}}, ["UE"])
         self.assertEqual((got["UE"]["mean"], got["UE"]["n"], got["UE"]["higher"]), (3.0, 2, 2))
         self.assertAlmostEqual(got["UE"]["t"], 3.0)                     # differences 2 and 4: mean 3, error 1
+        self.assertAlmostEqual(got["UE"]["d"], 3 / math.sqrt(2))        # deviation sqrt(2)
+
+    def test_holm_by_hand_and_never_below_the_p_value_or_out_of_order(self):
+        self.assertEqual(evaluate.holm([0.01, None, 0.04, 0.03, 0.005]), [0.03, None, 0.06, 0.06, 0.02])
+        self.assertEqual(evaluate.holm([0.9, 0.8]), [1.0, 1.0])          # 2 x .8 is cut to 1, and .9 follows
+        self.assertEqual(evaluate.holm([]), [])
 
 
 # ---- evaluate.py: metrics of the published benchmarks -----------------------------------------------------
@@ -2367,25 +2487,34 @@ class TestPictures(unittest.TestCase):
 def relearn_args(**more):
     return SimpleNamespace(**{
         "max_len": 0, "samples": [4], "seed": 0, "draws": 1, "lr": [1e-2], "epochs": [1], "batch_size": 2,
-        "lora": 0, "curve_every": 0, "ut_drop": 0.05, "quantize": [], "prune": [], "group": 64, **more})
+        "lora": 0, "optimizer": "adamw", "geometry": False, "curve_every": 0, "ut_drop": 0.05, "quantize": [],
+        "prune": [], "group": 64, **more})
 
 
 class TestRelearn(unittest.TestCase):
     def test_samples_are_nested_distinct_in_fact_and_follow_the_seed(self):
         rows = [{"text": str(i), "fact": i // 12} for i in range(128 * 12)]
-        lists = {n: relearn.draw_samples(rows, n, "5 0") for n in (20, 40, 60, 128)}
+        lists = {n: relearn.draw_samples(rows, n, "5 0") for n in (20, 40, 60, 128, 256)}
         for n, picks in lists.items():
-            self.assertEqual(len({rows[i]["fact"] for i in picks}), n)
-            self.assertEqual(picks, lists[128][:n])
+            self.assertEqual(len({rows[i]["fact"] for i in picks}), min(n, 128))
+            self.assertEqual(picks, lists[256][:n])
+        self.assertEqual(set(Counter(rows[i]["fact"] for i in lists[256]).values()), {2})   # each fact twice
+        self.assertEqual(len(set(lists[256])), 256)                                       # in different rows
         self.assertNotEqual(lists[60], relearn.draw_samples(rows, 60, "5 1"))
-        self.assertRaisesRegex(evaluate.InputError, "128 different", relearn.draw_samples, rows, 129, "0")
+        self.assertRaisesRegex(evaluate.InputError, "are 1536", relearn.draw_samples, rows, 1537, "0")
         self.assertEqual(len(set(relearn.draw_samples([{"text": "a"}] * 9, 9, "0"))), 9)   # no facts: rows
 
     def test_relearning_equals_a_plain_loop(self):
+        for kind in ("adamw", "sgd"):
+            self.relearn_as_a_plain_loop(kind)
+
+    def relearn_as_a_plain_loop(self, kind):
         model, other, tok = little_llama(), little_llama(), words()
         samples = evaluate.encode_rows(tok, [{"text": t, "where": ""} for t in TEXTS], 64)
-        relearn.relearn(model, samples, 0, 1e-2, 2, 2, "x")
+        relearn.relearn(model, samples, 0, 1e-2, 2, 2, "x", kind=kind)
         opt, rng = torch.optim.AdamW(other.parameters(), lr=1e-2, weight_decay=0), random.Random("x")
+        if kind == "sgd":
+            opt = torch.optim.SGD(other.parameters(), lr=1e-2, momentum=0.9)
         decay = torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.0, total_iters=6)
         for _ in range(2):
             order = rng.sample(range(5), 5)
@@ -2397,6 +2526,8 @@ class TestRelearn(unittest.TestCase):
                 nll.mean().backward()
                 opt.step(), decay.step()
         torch.testing.assert_close(flat(model.parameters()), flat(other.parameters()), rtol=1e-6, atol=1e-8)
+        start = flat(little_llama().parameters())
+        self.assertGreater((flat(model.parameters()) - start).norm(), 1e-3)
 
     def test_attack_restores_the_weights_and_every_budget_starts_from_them(self):
         model, tok = little_llama(torch.float32), words()
@@ -2413,6 +2544,33 @@ class TestRelearn(unittest.TestCase):
         self.assertEqual(alone, metrics["budgets"][1])
         self.assertAlmostEqual(alone["UE"], np.mean([d["UE"] for d in alone["draws"]]))
         self.assertIsNone(alone["UT"])
+
+    def test_geometry_measures_the_displacement_against_directions_and_leaves_the_weights_there(self):
+        net, other, attacker = Network(), Network(3), Network(7)
+        on = lambda net: (lambda: net.loss(params))
+        params = net.params
+        got = relearn.aims(on(net), on(other), on(attacker), params, 0.2)
+        g, n = net.gradient(), attacker.gradient(params)
+        before = other.gradient([(p + 0.2 * d.sign()).detach().requires_grad_() for p, d in zip(params, g)])
+        for name, want in (("gradient", g), ("momentum", before), ("lookahead", [-d for d in n]),
+                           ("sign of momentum", [d.sign() for d in before])):
+            torch.testing.assert_close(flat(got[name]), flat(want), rtol=1e-10, atol=1e-12)
+        start = [(p, p.detach().clone()) for p in params]
+        with torch.no_grad():
+            for p, d in zip(params, n):
+                p.sub_(0.5 * d)                                           # an attack of one step of SGD
+        end = flat(params).clone()
+        moved = relearn.geometry(start, got, {"nll": on(attacker)}, points=3)
+        self.assertTrue(torch.equal(flat(params), end))
+        self.assertAlmostEqual(moved["l2"], 0.5 * flat(n).norm().item(), places=5)
+        self.assertAlmostEqual(moved["mean"], 0.5 * flat(n).abs().mean().item(), places=5)
+        self.assertAlmostEqual(moved["cosine"]["lookahead"], 1, places=5)
+        cosine = -(flat(g) @ flat(n) / flat(g).norm() / flat(n).norm()).item()
+        self.assertAlmostEqual(moved["cosine"]["gradient"], cosine, places=5)
+        for point in moved["path"]:
+            at = [w - point["part"] * 0.5 * d for (_, w), d in zip(start, n)]
+            self.assertAlmostEqual(point["nll"], attacker.loss(at).item(), places=9)
+        self.assertEqual([point["part"] for point in moved["path"]], [0, 0.5, 1])
 
     def test_a_diverging_attack_is_an_error_and_restores(self):
         model, tok = little_llama(torch.float32), words()
@@ -2758,8 +2916,13 @@ class TestScale(unittest.TestCase):
         flags = write_world(self.tmp, little_llama(torch.float32))
         averaged = ["--wa_start", 1, "--wa_every", 1]
         rounded = ["--param_dtype", "bfloat16", "--state_dtype", "float32", "--stochastic_rounding"]
-        for smooth, more in (("sam+wa", averaged), ("rs+wa", averaged), ("cr", []), ("sam", rounded)):
+        momentum = ["--sam_direction", "momentum", "--sam_norm"]
+        lookahead = ["--sam_direction", "lookahead", "--lookahead_steps", 2]
+        for smooth, more in (("sam+wa", averaged), ("rs+wa", averaged), ("cr", []), ("sam", rounded),
+                             ("sam", [*momentum, "linf"]), ("sam+wa", [*momentum, "l2", *averaged]),
+                             ("sam", lookahead), ("sam", ["--sam_direction", "random"])):
             more = ["--smooth", smooth, "--eval_every", 2, *more]
+            shutil.rmtree(self.tmp / smooth, ignore_errors=True)
             self.unlearn(*flags, *more, "--out", self.tmp / "whole", "--overwrite")
             self.broken_off(5, *flags, *more, "--out", self.tmp / smooth, "--save_every", 3)
             self.assertFalse((self.tmp / smooth).exists())
@@ -2801,7 +2964,10 @@ class TestScale(unittest.TestCase):
         jobs |= {"wa": [*flags, "--smooth", "sam+wa", "--wa_start", 1, "--wa_every", 2],
                  "kl": [*tied, "--retain", "kl", "--micro_batch", 1],
                  "rmu": [*flags, "--loss", "rmu", "--micro_batch", 2],
-                 "dpo": [*flags, "--loss", "dpo", "--gradient_checkpointing"]}
+                 "dpo": [*flags, "--loss", "dpo", "--gradient_checkpointing"],
+                 "momentum": [*flags, "--sam_direction", "momentum", "--sam_norm", "linf"],
+                 "lookahead": [*flags, "--sam_direction", "lookahead", "--sam_norm", "linf"],
+                 "random": [*flags, "--sam_direction", "random"]}
         for name, job in jobs.items():
             self.unlearn(*job, "--out", self.tmp / f"one-{name}")
         self.broken_off(4, *jobs["wa"], "--save_every", 2, "--out", self.tmp / "two-resumed")
@@ -3062,6 +3228,8 @@ class TestScripts(unittest.TestCase):
         combos += [("--smooth", s) for s in ("none", "rs", "gp", "cr", "wa", "rs+wa")]
         combos += [("--retain", "kl"), ("--sam_modules", "self_attn"), ("--param_dtype", "bfloat16"),
                    ("--sam_flip",), ("--reduce", "sum")]
+        combos += [("--sam_direction", d, "--sam_norm", n) for d in ("momentum", "lookahead", "random")
+                   for n in ("l2", "linf")] + [("--sam_norm", "linf", "--smooth", "sam+wa")]
         for n, flags in enumerate(combos):
             result, folder = self.unlearned(f"c{n}", "--steps", 2, "--no-relearn", "--warmup", 0, *flags)
             model = evaluate.load_model(folder)[0]
@@ -3149,6 +3317,7 @@ class TestScripts(unittest.TestCase):
         few, source = ("--samples", 4, "--seeds", 1), "--attack_data"
         for flags, file in ((("--curve_every", 1), "relearn"), ((source, "retain"), "relearn_retain"),
                             (("--lora", 2, "--lr", 0.001, 0.01), "relearn_lora2"),
+                            (("--optimizer", "sgd", "--lr", 0.1, "--geometry"), "relearn_sgd"),
                             (("--quantize", 8, "--prune", 50), "relearn_compress"),
                             ((source, self.data / "retain.jsonl", "--lora", 1), "relearn_retain_lora1")):
             status, _, err = self.here("relearn.py", folder, *few, *flags)
@@ -3203,6 +3372,7 @@ class TestScripts(unittest.TestCase):
             (lambda: ("--frog", 1), "frog", out),
             (lambda: ("--steps", 0), "0", out), (lambda: ("--device", "cuda:77"), "cuda:77", out),
             (lambda: ("--sam_modules", "xyz"), "xyz", out),
+            (lambda: ("--sam_direction", "momentum", "--smooth", "gp"), "sam_direction", out),
             (lambda: ("--sam_modules", "("), "regular expression", out),
             (lambda: ("--beta", 0), "beta", out),
             (lambda: ("--stochastic_rounding", ), "bfloat16", out),
@@ -3228,7 +3398,7 @@ class TestScripts(unittest.TestCase):
         _, err = self.script("unlearn.py", "--out", kept, code=2)            # and once as a real process
         self.assertEqual(len(err.strip().splitlines()), 1, err)
         for name, flags in (("relearn.py", ["nowhere"]),
-                            ("relearn.py", [self.data / "target", "--data", self.data, "--samples", 999]),
+                            ("relearn.py", [self.data / "target", "--data", self.data, "--samples", 9999]),
                             ("evaluate.py", ["nowhere"]),
                             ("evaluate.py", [self.data / "target"] * 2 + ["--data", self.data])):
             status, _, err = self.here(name, *flags)

@@ -70,7 +70,8 @@ def save_run(out, model, tokenizer, result):
 def write_tensors(path, tensors, note):
     """Write {name: tensor} and note (JSON) as one safetensors file, whole or not at all. Sharded tensors are
     gathered and written one after the other, so that the largest is all the memory it takes."""
-    names = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+    names = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+             torch.int8: "I8"}
     header, end, first = {"__metadata__": {"note": json.dumps(note)}}, 0, processes()[0] == 0
     for name, t in tensors.items():
         size = t.numel() * t.element_size()
@@ -192,20 +193,23 @@ def forget_backward(model, micro, chosen, args, goal=None):
 
 def retain_backward(model, micro, args, frozen=None):
     """Forward and backward of the weighted retain loss, added to p.grad; returns it without the weight."""
-    weight, total = args.gamma, 0.0
     if args.loss == "rmu":
-        weight, counted = args.rmu_alpha, [b["attention_mask"] for b in micro]
-    elif args.retain == "none":
-        return total
-    else:
-        counted = [b["labels"][:, 1:] != IGNORE for b in micro]
+        return mean_backward(model, micro, "rmu", args.rmu_alpha, frozen, args.rmu_layer)
+    return 0.0 if args.retain == "none" else mean_backward(model, micro, args.retain, args.gamma, frozen)
+
+
+def mean_backward(model, micro, kind, weight=1.0, frozen=None, layer=None):
+    """Forward and backward of weight * the mean over tokens of nll, kl or rmu, added to p.grad; returns the
+    mean. The retain losses, and with nll on forget samples the loss that a relearning attack goes down."""
+    counted = [b["attention_mask"] if kind == "rmu" else b["labels"][:, 1:] != IGNORE for b in micro]
     count = all_sum(sum(b["weight"] * c.sum() for b, c in zip(micro, counted)), model.device)
+    total = 0.0
     for batch in micro:
-        if args.loss == "rmu":
+        if kind == "rmu":
             with torch.no_grad():
-                kept = hidden_states(frozen, batch, args.rmu_layer)
-            loss = distance_sum(hidden_states(model, batch, args.rmu_layer), kept, batch)
-        elif args.retain == "kl":
+                kept = hidden_states(frozen, batch, layer)
+            loss = distance_sum(hidden_states(model, batch, layer), kept, batch)
+        elif kind == "kl":
             loss = kl_sum(model, frozen, batch)
         else:
             loss = -token_logps(model, batch)[0].sum()                                                 # nll
@@ -248,9 +252,9 @@ def make_smoother(args, named):
     """The smoother of args.smooth for named = [(name, parameter)], all that train; see sam.py."""
     base, params = parse_smooth(args.smooth)[0], [p for _, p in named]
     if base == "sam":
-        return SAM(params, args.sam_rho,
-                   perturb=[p for _, p in matching(named, "sam_modules", args.sam_modules)],
-                   flip=args.sam_flip, triton=args.triton)
+        return SAM(params, args.sam_rho, args.sam_norm, args.sam_direction,
+                   [p for _, p in matching(named, "sam_modules", args.sam_modules)], args.sam_flip,
+                   args.lookahead_steps, args.seed, args.triton)
     if base == "rs":
         return RS(params, args.rs_sigma, args.rs_samples, args.seed, args.triton)
     if base == "gp":
@@ -315,6 +319,8 @@ def memory_plan(args, total, trained, activations, count=1):
     base, averaged = parse_smooth(args.smooth)
     frozen = args.loss == "rmu" or args.retain == "kl"
     aside = {"none": 0, "sam": 1, "rs": 1, "gp": 2, "cr": 5}[base]        # copies of weights or of gradients
+    if base == "sam" and args.sam_direction == "momentum":
+        aside += 1 / size if args.sam_norm == "linf" else 1                   # a byte a weight for its sign
     plan = {"weights": total * size * (1 + frozen), "gradients": trained * size,
             "put aside": aside * trained * size, "optimizer": 2 * trained * state,
             "average": 4 * trained * averaged}
@@ -348,10 +354,12 @@ def learning_rate(step, steps, peak, warmup, decay):
     return peak * ramp * (1 - step / steps if decay == "linear" else 1.0)
 
 
-def state_tensors(named, optimizer, average):
-    """{name: tensor} of all that changes from step to step: weights, optimizer states, averaged weights."""
-    tensors = {f"weights.{n}": p for n, p in named}
+def state_tensors(named, optimizer, smoother, average):
+    """{name: tensor} of all that changes from step to step: weights, optimizer states, the directions that
+    SAM keeps, averaged weights."""
+    tensors, kept = {f"weights.{n}": p for n, p in named}, getattr(smoother, "kept", {})
     tensors |= {f"{key}.{n}": t for n, p in named for key, t in optimizer.state[p].items()}
+    tensors |= {f"direction.{n}": kept[p] for n, p in named if p in kept}
     means = average.mean if average and average.mean else []
     return tensors | {f"mean.{n}": m for (n, _), m in zip(named, means)}
 
@@ -374,9 +382,13 @@ def resume(path, args, named, optimizer, smoother, average):
         if average and note["averaged"]:
             average.update()
             average.count = note["averaged"]
-        for name, t in state_tensors(named, optimizer, average).items():
+        if isinstance(smoother, SAM) and smoother.direction == "momentum":
+            kind = torch.int8 if smoother.linf else None
+            smoother.kept = {p: torch.zeros_like(p, dtype=kind) for n, p in named
+                             if f"direction.{n}" in file.keys()}
+        for name, t in state_tensors(named, optimizer, smoother, average).items():
             local(t).copy_(local_rows(t, file.get_slice(name)))   # a process reads its own rows only
-    if isinstance(smoother, RS):
+    if isinstance(smoother, (RS, SAM)):
         smoother.draws = note["draws"]
     return note
 
@@ -430,7 +442,14 @@ def parse_args(argv=None):
     p.add_argument("--rmu_alpha", type=real, default=1200.0, help="weight of rmu's retain term; 7B: 1200")
     # the smoother
     p.add_argument("--smooth", default="sam", help="none, sam, rs, gp, cr, wa, or one of them +wa")
-    p.add_argument("--sam_rho", type=real, default=0.1, help="radius of sam, 0 = none; 7B: .01")
+    p.add_argument("--sam_rho", type=real, default=None,
+                   help="radius of sam, 0 = none; 7B: .01 (default: .1, and .001 a weight with linf)")
+    p.add_argument("--sam_norm", choices=["l2", "linf"], default="l2",
+                   help="move all weights together by rho along the direction, or each by rho along its sign")
+    p.add_argument("--sam_direction", choices=["gradient", "momentum", "lookahead", "random"],
+                   default="gradient", help="of the forget loss here (the paper); of the step before, which "
+                   "saves a pass; where the attacker would go; noise, a control")
+    p.add_argument("--lookahead_steps", type=some, default=1, help="of the attacker, each a pass, to go rho")
     p.add_argument("--sam_modules", default="", metavar="REGEX",
                    help="perturb only parameters whose name matches")
     p.add_argument("--sam_flip", action=flag, default=False,
@@ -475,10 +494,12 @@ def parse_args(argv=None):
     if args.stochastic_rounding and args.param_dtype != "bfloat16":
         raise InputError(f"--stochastic_rounding: {args.param_dtype} needs none; add --param_dtype bfloat16")
     base, averaged = parse_smooth(args.smooth)
+    if args.sam_rho is None:
+        args.sam_rho = 0.001 if args.sam_norm == "linf" else 0.1
     if base == "sam" and args.sam_rho == 0:                      # a radius of 0 is no smoother: say what runs
         base, args.smooth = "none", "wa" if averaged else "none"
-    for name in ("sam_flip", "sam_modules"):
-        if getattr(args, name) and base != "sam":
+    for name in ("sam_flip", "sam_modules", "sam_norm", "sam_direction"):
+        if getattr(args, name) != p.get_default(name) and base != "sam":
             raise InputError(
                 f"--{name}: there is no SAM perturbation with --smooth {args.smooth}; drop one of them")
     for name in ("sam_modules", "train_modules"):
@@ -497,7 +518,9 @@ def parse_args(argv=None):
         raise InputError(
             f"--wa_start {args.wa_start}: nothing to average in {args.steps} steps; start earlier")
     args.eval_every = args.eval_every or (5 if args.stop_ue else 0)
-    suffix = ("" if args.smooth == "none" else f"+{args.smooth}") + ("-flip" if args.sam_flip else "")
+    variant = "".join(f"-{v}" for v, usual in ((args.sam_direction, "gradient"), (args.sam_norm, "l2"))
+                      if v != usual) + "-flip" * args.sam_flip
+    suffix = ("" if args.smooth == "none" else f"+{args.smooth}") + variant
     args.out = args.out or f"out/{args.loss}{suffix}-s{args.seed}"
     if Path(args.out).exists() and not args.overwrite:
         raise InputError(f"--out {args.out} exists: choose another name, or replace it with --overwrite")
@@ -581,7 +604,8 @@ if __name__ == "__main__":
             p.requires_grad_(True)
         smoother = make_smoother(args, named)
         average = WA(params, args.triton) if parse_smooth(args.smooth)[1] else None
-        radius = {SAM: args.sam_rho, GP: args.gp_radius, CR: args.cr_mu}.get(type(smoother))
+        radius = {SAM: args.sam_rho / args.lookahead_steps, GP: args.gp_radius,
+                  CR: args.cr_mu}.get(type(smoother))
         optimizer = make_optimizer(args, params, adamw)
         count = lambda some: sum(p.numel() for p in some)
         plan = memory_plan(args, count(model.parameters()), count(params), activation_bytes(
@@ -592,12 +616,16 @@ if __name__ == "__main__":
 
         # -- the loop
         forget_picks, retain_picks = (shuffled(len(s), args.batch_size, rng) for s in (forget, retain))
+        attack_picks = shuffled(len(forget), args.batch_size, random.Random(f"{args.seed} lookahead"))
+        looks = args.lookahead_steps * (getattr(smoother, "direction", "") == "lookahead")    # passes a step
         curve, warning, done, state_file = [], None, 0, Path(f"{out}.state.safetensors")
         if args.resume and state_file.exists():
             note = resume(state_file, args, named, optimizer, smoother, average)
             curve, warning, done = note["curve"], note["warning"], len(note["curve"])
             for _ in range(done):
                 next(forget_picks), next(retain_picks)             # the batches that were seen
+            for _ in range(done * looks):
+                next(attack_picks)
         out.parent.mkdir(parents=True, exist_ok=True)
         bar = tqdm(range(done, args.steps), f"{args.loss}+{args.smooth}", args.steps, initial=done,
                    unit="step")
@@ -610,7 +638,9 @@ if __name__ == "__main__":
             c_micro = micro_batches(chosen, f, *how, chosen_ref) if chosen else None
 
             # the smoothed forget gradient goes into p.grad, and the retain gradient at theta on top of it
-            f_loss = smoother(lambda: forget_backward(model, f_micro, c_micro, args, goal))
+            descend = lambda: forget_backward(model, f_micro, c_micro, args, goal)
+            attack = lambda: mean_backward(model, micro_batches(forget, next(attack_picks), *how), "nll")
+            f_loss = smoother(descend, attack) if looks else smoother(descend)
             r_loss = retain_backward(model, r_micro, args, frozen)
             norm = whole(torch.nn.utils.clip_grad_norm_(params, args.clip or math.inf))
 
@@ -627,7 +657,8 @@ if __name__ == "__main__":
 
             point = {"step": step + 1, "lr": lr, **values, "seconds": round(time.time() - tick, 4)}
             if radius and not warning and point["norm"] > 0:
-                warning = precision_warning(point["applied_norm"], point["cosine"], radius, args.param_dtype)
+                size = radius * (point["norm"] if getattr(smoother, "linf", False) else 1)
+                warning = precision_warning(point["applied_norm"], point["cosine"], size, args.param_dtype)
                 if warning:
                     warn(warning)
             if args.eval_every and "mcq_forget" in questions and (step + 1) % args.eval_every == 0:
@@ -638,7 +669,7 @@ if __name__ == "__main__":
             if args.stop_ue and point.get("UE", 0) >= args.stop_ue:
                 break
             if args.save_every and (step + 1) % args.save_every == 0:
-                write_tensors(state_file, state_tensors(named, optimizer, average), {
+                write_tensors(state_file, state_tensors(named, optimizer, smoother, average), {
                     "args": vars(args), "curve": curve, "warning": warning,
                     "draws": getattr(smoother, "draws", 0), "averaged": average.count if average else 0})
         if average and not average.count:

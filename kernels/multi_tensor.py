@@ -134,7 +134,9 @@ def _ascent_tile(w_ptr, d_ptr, s_ptr, offs, size, scale, moved, along, norm,
     wide = w.to(tl.float32)
     if LINF:                              # what is not finite has no sign to follow
         sign = (d > 0).to(tl.float32) - (d < 0).to(tl.float32)
-        step = scale * tl.where(tl.abs(d) < float("inf"), sign, 0.0)
+        finite = tl.abs(d) < float("inf")
+        d = tl.where(finite, sign, float("nan"))                           # the sums tell by being nan
+        step = scale * tl.where(finite, sign, 0.0)
         norm += d * d
     else:
         step = scale * d
@@ -149,9 +151,9 @@ def _ascent_tile(w_ptr, d_ptr, s_ptr, offs, size, scale, moved, along, norm,
 def _ascent_kernel(table_ptr, owner_ptr, start_ptr, scale_ptr, part_ptr,
                    A: tl.constexpr, B: tl.constexpr, SAVE: tl.constexpr, LINF: tl.constexpr,
                    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """w <- w + scale * d (or sign(d)), the old w into column SAVE; part[c] = sums of step^2, step d and, with
-    LINF, d^2 over chunk c. Columns: w (dtype A), d (dtype B), and a third to save into unless SAVE is 2, d's
-    own memory. Reads w and d once, writes w and the saved w once."""
+    """w <- w + scale * d, where LINF makes d its sign, the old w into column SAVE; part[c] = sums of
+    step^2, step d and, with LINF, d^2 over chunk c. Columns: w (dtype A), d (dtype B), and a third to save
+    into unless SAVE is 2, d's own memory. Reads w and d once, writes w and the saved w once."""
     row_ptr, start, size = _chunk(table_ptr, owner_ptr, start_ptr, SAVE + 1, CHUNK)
     w_ptr = _pointer(row_ptr, 1, start, A, ALIGNED)
     d_ptr = _pointer(row_ptr, 2, start, B, ALIGNED)
@@ -399,14 +401,15 @@ def global_norm(tensors, each=False, chunk=CHUNK):
 
 def ascent_(params, directions, rho, saved, reuse=True, eps=1e-12, linf=False, chunk=CHUNK):
     """theta <- theta + rho d / (||d|| + eps) in place, or with linf theta <- theta + rho sign(d), which needs
-    no norm. Returns 0-dim {norm, applied_norm, cosine}: of d, of the applied step, and between the two.
+    no norm. Returns 0-dim {norm, applied_norm, cosine}: of d or sign(d), of the step that rounding left, and
+    between the two.
 
     directions: gradients, or with linf also signs kept from an earlier one, g.sign().to(torch.int8).
     saved: a list that gets (parameter, old weights) for whatever moved. With reuse the old weights go into
     the direction's own memory where dtypes agree, and its values are lost; otherwise into a new buffer.
     A zero or non-finite norm moves nothing, and with linf a non-finite element does not move: the norm
-    returned tells (it is 0, inf or nan). An interrupt before, between or after the launches leaves saved
-    right; one inside a launch, possible under the interpreter only, does not.
+    returned tells (it is 0, inf or nan; with linf 0 or nan). An interrupt before, between or after the
+    launches leaves saved right; one inside a launch, possible under the interpreter only, does not.
     """
     keep = [reuse and p.dtype == d.dtype for p, d in zip(params, directions)]
     into = [d if k else torch.empty_like(p) for p, d, k in zip(params, directions, keep)]

@@ -255,7 +255,7 @@ def parse_args(argv=None):
     p.add_argument("--lr", type=number(float, 0, above=True), nargs="+", default=[2e-3],
                    help="peak rate of AdamW, linear to 0; 7B: 1e-5")
     p.add_argument("--optimizer", choices=["adamw", "sgd"], default="adamw",
-                   help="sgd has momentum .9 and wants a far larger --lr, here .1 to 1")
+                   help="sgd has momentum .9 and wants a far larger --lr, here .01 to .03")
     p.add_argument("--batch_size", type=number(int, 1), default=4, help="samples a step; 7B: 4")
     p.add_argument("--seeds", "--draws", dest="draws", type=number(int, 1), default=2,
                    help="sample lists and orders to average over")

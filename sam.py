@@ -5,6 +5,7 @@ one that also holds nearby (arXiv 2502.05374, section 5; v = g/||g||, one global
 parameters):
 
     SAM   g(theta + rho v)                                         2 passes   paper rho = 0.01 (7B)
+          v of the step before (momentum), its signs (linf)        1 pass     not in the paper
     RS    mean of g(theta + sigma z) over K draws, z ~ N(0, I)     K passes   paper sigma = 1e-4, K = 3
     GP    gradient of l + lam ||g||                                2 passes
     CR    gradient of l + lam ||g(theta + mu v) - g(theta)||       4 passes
@@ -199,6 +200,13 @@ def combine(params, terms):
         parts = [(c, g[p]) for c, g in terms if p in g]
         wide = [c * g.to(accumulator(g.dtype)) for c, g in parts]
         p.grad = sum(wide[1:], wide[0]).to(parts[0][1].dtype) if parts else None
+
+
+def radius_against(params, attack_lr, norm="l2"):
+    """A first rho against an attacker who fine-tunes with AdamW at attack_lr, whose first step moves every
+    weight by that much. linf: half of it; l2: a fifth of it times sqrt(number of weights), about as far as
+    SAM can go before it hinders unlearning. A rule of thumb from two models (README): try half and twice."""
+    return attack_lr / 2 if norm == "linf" else attack_lr / 5 * sum(p.numel() for p in params) ** 0.5
 
 
 # ---- the smoothers ----------------------------------------------------------------------------------------

@@ -429,6 +429,15 @@ class TestSmoothers(unittest.TestCase):
         s.ascent()
         self.assertRaises(RuntimeError, s.ascent)
 
+    def test_the_rule_for_rho_by_hand_and_as_a_flag(self):
+        params = [torch.zeros(60, 60), torch.zeros(6400)]                           # 10,000 weights
+        self.assertAlmostEqual(sam.radius_against(params, 2e-3, "linf"), 1e-3)
+        self.assertAlmostEqual(sam.radius_against(params, 2e-3), 0.04)
+        args = unlearn.parse_args(["--attack_lr", "2e-3", "--out", "/nowhere"])
+        self.assertIsNone(args.sam_rho)                                      # known once the model is there
+        self.assertRaisesRegex(evaluate.InputError, "drop --sam_rho 0.1", unlearn.parse_args,
+                               ["--attack_lr", "2e-3", "--sam_rho", "0.1"])
+
     def test_noise_is_standard_normal_times_sigma_and_follows_the_seed(self):
         a, b, c = (torch.zeros(200_000) for _ in range(3))
         sam.noise_([a], 0.5, 1), sam.noise_([b], 0.5, 1), sam.noise_([c], 0.5, 2)
@@ -3228,6 +3237,7 @@ class TestScripts(unittest.TestCase):
         combos += [("--smooth", s) for s in ("none", "rs", "gp", "cr", "wa", "rs+wa")]
         combos += [("--retain", "kl"), ("--sam_modules", "self_attn"), ("--param_dtype", "bfloat16"),
                    ("--sam_flip",), ("--reduce", "sum")]
+        combos += [("--attack_lr", 2e-3)]
         combos += [("--sam_direction", d, "--sam_norm", n) for d in ("momentum", "lookahead", "random")
                    for n in ("l2", "linf")] + [("--sam_norm", "linf", "--smooth", "sam+wa")]
         for n, flags in enumerate(combos):

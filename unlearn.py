@@ -28,7 +28,8 @@ from evaluate import (CHUNK, IGNORE, InputError, all_max, all_sum, alters_logits
                       collate, context_of, encode, encode_rows, in_turns, join_processes, load_model,
                       logits_of, make_parser, number, one_line_errors, over_labels, own_part, processes,
                       provenance, read_jsonl, show, text_row, token_logps, warn, whole, with_head, write_json)
-from sam import (CR, GP, RS, SAM, WA, accumulator, kernel_file, local, local_rows, operations, plain)
+from sam import (CR, GP, RS, SAM, WA, accumulator, kernel_file, local, local_rows, operations, plain,
+                 radius_against)
 
 TINY = Path(__file__).resolve().parent / "data" / "tiny"
 # Shapes: B samples, T tokens, V vocabulary, D width.
@@ -444,6 +445,8 @@ def parse_args(argv=None):
     p.add_argument("--smooth", default="sam", help="none, sam, rs, gp, cr, wa, or one of them +wa")
     p.add_argument("--sam_rho", type=real, default=None,
                    help="radius of sam, 0 = none; 7B: .01 (default: .1, and .001 a weight with linf)")
+    p.add_argument("--attack_lr", type=above, default=None,
+                   help="choose --sam_rho for an attacker with AdamW at this rate: sam.radius_against()")
     p.add_argument("--sam_norm", choices=["l2", "linf"], default="l2",
                    help="move all weights together by rho along the direction, or each by rho along its sign")
     p.add_argument("--sam_direction", choices=["gradient", "momentum", "lookahead", "random"],
@@ -494,11 +497,14 @@ def parse_args(argv=None):
     if args.stochastic_rounding and args.param_dtype != "bfloat16":
         raise InputError(f"--stochastic_rounding: {args.param_dtype} needs none; add --param_dtype bfloat16")
     base, averaged = parse_smooth(args.smooth)
-    if args.sam_rho is None:
+    if args.sam_rho is not None and args.attack_lr:
+        raise InputError(
+            f"--attack_lr {args.attack_lr:g} chooses the radius: drop --sam_rho {args.sam_rho:g}")
+    if args.sam_rho is None and not args.attack_lr:
         args.sam_rho = 0.001 if args.sam_norm == "linf" else 0.1
     if base == "sam" and args.sam_rho == 0:                      # a radius of 0 is no smoother: say what runs
         base, args.smooth = "none", "wa" if averaged else "none"
-    for name in ("sam_flip", "sam_modules", "sam_norm", "sam_direction"):
+    for name in ("sam_flip", "sam_modules", "sam_norm", "sam_direction", "attack_lr"):
         if getattr(args, name) != p.get_default(name) and base != "sam":
             raise InputError(
                 f"--{name}: there is no SAM perturbation with --smooth {args.smooth}; drop one of them")
@@ -602,6 +608,10 @@ if __name__ == "__main__":
         model.requires_grad_(False)
         for p in params:
             p.requires_grad_(True)
+        if args.attack_lr:
+            moved = [p for _, p in matching(named, "sam_modules", args.sam_modules)]
+            args.sam_rho = radius_against(moved, args.attack_lr, args.sam_norm)
+            print(f"sam_rho {args.sam_rho:.3g}, against an attacker at {args.attack_lr:g}")
         smoother = make_smoother(args, named)
         average = WA(params, args.triton) if parse_smooth(args.smooth)[1] else None
         radius = {SAM: args.sam_rho / args.lookahead_steps, GP: args.gp_radius,

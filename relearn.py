@@ -1,20 +1,22 @@
 """Attack an unlearned model: fine-tune it on a few forget samples and see how much comes back.
 
-    python relearn.py out/npo+sam-s0                        # 20, 40, 60 samples, two seeds each: about 5 s
-    python relearn.py out/npo+sam-s0 --samples 20 --epochs 1 2 3
-    python relearn.py out/npo+sam-s0 --seeds 5 --curve_every 1     # and UE after every step
-    python relearn.py out/npo+sam-s0 --lr 5e-4 1e-3 2e-3 4e-3      # the worst case of a learning-rate sweep
-    python relearn.py out/npo+sam-s0 --attack_data retain   # fine-tuning that never mentions the topic
-    python relearn.py out/npo+sam-s0 --lora 8 --lr 1e-2     # low-rank adapters; the weights stay as they are
-    python relearn.py out/npo+sam-s0 --quantize 8 4 --prune 10 30      # no training at all
-    python relearn.py data/tiny/seed0/retrained             # the yardstick: a model that never knew
+    python relearn.py RUN                               # 20, 40, 60 samples, two seeds each: about 5 s
+    python relearn.py RUN --samples 20 --epochs 1 2 3
+    python relearn.py RUN --seeds 5 --curve_every 1     # and UE after every step
+    python relearn.py RUN --lr 5e-4 1e-3 2e-3 4e-3      # the worst case of a learning-rate sweep
+    python relearn.py RUN --optimizer sgd --lr 1e-2     # does it take AdamW's steps to undo it?
+    python relearn.py RUN --attack_data retain          # fine-tuning that never mentions the topic
+    python relearn.py RUN --lora 8 --lr 1e-2            # low-rank adapters; the weights stay as they are
+    python relearn.py RUN --quantize 8 4 --prune 10 30  # no training at all
+    python relearn.py RUN --geometry                    # does it go where the smoother looked?
+    python relearn.py data/tiny/seed0/retrained         # the yardstick: a model that never knew
 
-Reads RUN/result.json (for the data and the seed), the model beside it and DATA/forget.jsonl. Writes
-RUN/relearn.json, or RUN/relearn_ATTACK.json for other data, adapters and compression. Every budget starts
-from the same weights; the samples of a larger budget contain those of a smaller one. No "fact" is told
-twice before each was told once, so N samples are N facts while there are so many, and UE_heldout is the UE
-on the questions about the other facts: it tells unlocking (old knowledge comes back) from re-teaching.
-Next: evaluate.py puts runs into one table.
+RUN is the folder that unlearn.py names at its end. Reads RUN/result.json (for the data and the seed), the
+model beside it and DATA/forget.jsonl. Writes RUN/relearn.json, or RUN/relearn_ATTACK.json for other data,
+optimizers, adapters and compression. Every budget starts from the same weights; the samples of a larger one
+contain those of a smaller one. No "fact" is told twice before each was told once, so N samples are N facts
+while there are so many, and UE_heldout is the UE on the questions about the other facts: it tells unlocking
+(old knowledge comes back) from re-teaching. Next: evaluate.py puts runs into one table.
 """
 import math, random, time
 from argparse import Namespace

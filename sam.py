@@ -202,13 +202,6 @@ def combine(params, terms):
         p.grad = sum(wide[1:], wide[0]).to(parts[0][1].dtype) if parts else None
 
 
-def radius_against(params, attack_lr, norm="l2"):
-    """A first rho against an attacker who fine-tunes with AdamW at attack_lr, whose first step moves every
-    weight by that much. linf: half of it; l2: a fifth of it times sqrt(number of weights), about as far as
-    SAM can go before it hinders unlearning. A rule of thumb from two models (README): try half and twice."""
-    return attack_lr / 2 if norm == "linf" else attack_lr / 5 * sum(p.numel() for p in params) ** 0.5
-
-
 # ---- the smoothers ----------------------------------------------------------------------------------------
 
 class SAM:
@@ -431,7 +424,10 @@ if __name__ == "__main__":
 
     def steps(model, smooth, tokens, count):
         """Median seconds of a step of npo and of npo + smooth, on 2 forget and 2 retain samples; fp32."""
-        args = unlearn.parse_args(["--smooth", smooth, "--out", "/nowhere", "--wa_start", "0"])
+        flags = {"sam": ["--sam_rho", "0.1"], "momentum": ["--sam_rho", "1e-4", "--sam_norm", "linf",
+                                                           "--sam_direction", "momentum"]}.get(smooth, [])
+        args = unlearn.parse_args(["--smooth", "sam" if flags else smooth, *flags, "--out", "/nowhere",
+                                   "--wa_start", "0"])
         ids = torch.randint(model.config.vocab_size, (2, tokens)).tolist()
         forget, retain = (unlearn.micro_batches([(x, x) for x in ids], [0, 1], 2, 0, "cpu", ref)
                           for ref in (torch.full((2,), -9.0), None))
@@ -469,7 +465,8 @@ if __name__ == "__main__":
         sys.exit()
     print("2 x tokens  smoother  s/step  x npo  floor  bytes a parameter: live  resident")
     for tokens in (128, 512):
-        for smooth, passes in {"none": 6, "sam": 9, "rs": 12, "gp": 9, "cr": 15, "wa": 6}.items():
+        for smooth, passes in {"none": 6, "sam": 9, "momentum": 6, "rs": 12, "gp": 9, "cr": 15,
+                               "wa": 6}.items():
             one = [sys.executable, __file__, "--threads", str(args.threads), "--one", smooth, str(tokens)]
             run = lambda count, **env: map(float, subprocess.run(
                 one + [str(count)], env=os.environ | env, check=True, stdout=subprocess.PIPE).stdout.split())

@@ -429,15 +429,6 @@ class TestSmoothers(unittest.TestCase):
         s.ascent()
         self.assertRaises(RuntimeError, s.ascent)
 
-    def test_the_rule_for_rho_by_hand_and_as_a_flag(self):
-        params = [torch.zeros(60, 60), torch.zeros(6400)]                           # 10,000 weights
-        self.assertAlmostEqual(sam.radius_against(params, 2e-3, "linf"), 1e-3)
-        self.assertAlmostEqual(sam.radius_against(params, 2e-3), 0.04)
-        args = unlearn.parse_args(["--attack_lr", "2e-3", "--out", "/nowhere"])
-        self.assertIsNone(args.sam_rho)                                      # known once the model is there
-        self.assertRaisesRegex(evaluate.InputError, "drop --sam_rho 0.1", unlearn.parse_args,
-                               ["--attack_lr", "2e-3", "--sam_rho", "0.1"])
-
     def test_noise_is_standard_normal_times_sigma_and_follows_the_seed(self):
         a, b, c = (torch.zeros(200_000) for _ in range(3))
         sam.noise_([a], 0.5, 1), sam.noise_([b], 0.5, 1), sam.noise_([c], 0.5, 2)
@@ -1262,9 +1253,9 @@ class TestLosses(unittest.TestCase):
         tok = words()
         rows = [{"text": t, "where": ""} for t in TEXTS]
         other = evaluate.encode(tok, [("Question: who sat? Answer:", " one two", "")], 64) * 5
-        combos = [(l, "sam") for l in ("npo", "graddiff", "ga", "simnpo", "dpo", "rmu")]
+        combos = [(l, "sam --sam_rho 0.1") for l in ("npo", "graddiff", "ga", "simnpo", "dpo", "rmu")]
         combos += [("npo+kl", "none")] + [("npo", s) for s in ("none", "rs", "gp", "cr")]
-        combos += [(l, f"sam --sam_direction {d} --sam_norm {n}") for l, d, n in (
+        combos += [(l, f"sam --sam_direction {d} --sam_norm {n} --sam_rho 0.01") for l, d, n in (
             ("npo", "momentum", "linf"), ("rmu", "momentum", "l2"), ("dpo", "lookahead", "linf"),
             ("graddiff", "lookahead", "l2"), ("simnpo", "gradient", "linf"))]
         for loss, smooth in combos:
@@ -1393,8 +1384,18 @@ class TestInput(unittest.TestCase):
         self.assertEqual((args.smooth, args.out, args.retain, args.micro_batch),
                          ("none", "out/npo-s7", "nll", 32))
         args = unlearn.parse_args(["--smooth", "sam+wa", "--steps", "50", "--overwrite"])
-        self.assertEqual((args.out, args.wa_start), ("out/npo+sam+wa-s0", 40))
+        self.assertEqual((args.out, args.wa_start), ("out/npo+sam+wa-momentum-linf-s0", 40))
         self.assertEqual(unlearn.parse_args(["--stop_ue", "0.7", "--overwrite"]).eval_every, 5)
+
+    def test_sam_rho_alone_means_the_papers_sam_and_nothing_at_all_means_momentum_on_the_built_in_data(self):
+        variant = lambda *flags: [getattr(unlearn.parse_args([*flags, "--overwrite"]), name)
+                                  for name in ("sam_direction", "sam_norm", "sam_rho")]
+        self.assertEqual(variant("--sam_rho", "0.01"), ["gradient", "l2", 0.01])
+        self.assertEqual(variant(), ["momentum", "linf", None])          # rho follows from the model's width
+        self.assertEqual(variant("--data", "/mine", "--model", "m"), ["gradient", "l2", 0.1])
+        self.assertEqual(variant("--sam_direction", "lookahead"), ["lookahead", "l2", 0.1])
+        self.assertEqual(variant("--sam_norm", "linf"), ["gradient", "linf", None])
+        self.assertEqual(variant("--smooth", "gp"), ["gradient", "l2", 0.1])
 
     def test_batches_cover_the_data_evenly_and_follow_the_seed(self):
         take = lambda seed: list(itertools.islice(unlearn.shuffled(7, 3, random.Random(seed)), 14))
@@ -2879,7 +2880,8 @@ class TestScale(unittest.TestCase):
         self.assertEqual(sum(shared.values()) - 1e9, 10 * 7.24e9 / 4)
         for flags, bytes_each in ((["--smooth", "none"], 8), (["--smooth", "gp"], 12),
                                   (["--smooth", "cr"], 18), (["--smooth", "wa"], 12),
-                                  (["--retain", "kl"], 12)):
+                                  (["--retain", "kl", "--sam_rho", "0.1"], 12),
+                                  (["--sam_direction", "momentum", "--sam_norm", "linf"], 11)):
             args = unlearn.parse_args(["--param_dtype", "bfloat16", "--out", "/nowhere", *flags])
             self.assertEqual(sum(unlearn.memory_plan(args, 100, 100, 0).values()), 100 * bytes_each)
 
@@ -3237,7 +3239,6 @@ class TestScripts(unittest.TestCase):
         combos += [("--smooth", s) for s in ("none", "rs", "gp", "cr", "wa", "rs+wa")]
         combos += [("--retain", "kl"), ("--sam_modules", "self_attn"), ("--param_dtype", "bfloat16"),
                    ("--sam_flip",), ("--reduce", "sum")]
-        combos += [("--attack_lr", 2e-3)]
         combos += [("--sam_direction", d, "--sam_norm", n) for d in ("momentum", "lookahead", "random")
                    for n in ("l2", "linf")] + [("--sam_norm", "linf", "--smooth", "sam+wa")]
         for n, flags in enumerate(combos):
@@ -3417,7 +3418,8 @@ class TestScripts(unittest.TestCase):
     def test_sam_resists_relearning_better_than_npo_and_the_flipped_sign_does_not(self):
         """The paper's claim on a fixed configuration; with the perturbation's sign wrong it would fail."""
         runs = {}
-        for name, flags in (("npo", ["--sam_rho", 0]), ("sam", []), ("flip", ["--sam_flip"])):
+        for name, flags in (("npo", ["--sam_rho", 0]), ("sam", ["--sam_rho", 0.1]), ("momentum", []),
+                            ("flip", ["--sam_rho", 0.1, "--sam_flip"])):
             _, folder = self.unlearned(f"claim-{name}", "--no-relearn", *flags)
             status, _, err = self.here("relearn.py", folder, "--samples", 60, "--draws", 4)
             self.assertEqual(status, 0, err)
@@ -3425,6 +3427,9 @@ class TestScripts(unittest.TestCase):
         ue = {k: r["budgets"][0]["UE"] for k, r in runs.items()}
         self.assertGreater(ue["sam"], ue["npo"] + 0.15, ue)
         self.assertLess(ue["flip"], ue["npo"] + 0.15, ue)          # so the line above needs the right sign
+        self.assertGreater(ue["momentum"], ue["npo"] + 0.15, ue)
+        ran = json.loads((self.tmp / "claim-momentum" / "result.json").read_text())["args"]
+        self.assertEqual((ran["sam_direction"], ran["sam_norm"], ran["sam_rho"]), ("momentum", "linf", 1e-3))
         for r in runs.values():
             self.assertGreater(r["start"]["UT"], 0.97)
             self.assertGreater(r["start"]["UE"], 0.6)

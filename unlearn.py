@@ -1,13 +1,15 @@
 """Unlearn a forget set so that it stays forgotten: climb rho, take the forget gradient there, return, step.
 
-    python unlearn.py                                 # laptop CPU, built-in data, NPO + SAM: 40 s, then 15 s;
-                                                      # UE .00 -> .61, .47 after relearning on 60 samples
-    python unlearn.py --sam_rho 0                     # plain NPO, for comparison: .76, then .24
+    python unlearn.py                                 # laptop CPU, built-in data: 40 s, then 15 s; NPO + SAM
+                                                      # along the last step's signs (README, Beyond the paper):
+                                                      # UE .00 -> .77, .72 after relearning on 60 samples
+    python unlearn.py --sam_rho 0.1                   # the paper's SAM: .61, then .47
+    python unlearn.py --sam_rho 0                     # plain NPO: .76, then .24
     python unlearn.py --loss graddiff --smooth gp+wa  # any loss with any smoother
     python unlearn.py --model ORG/NAME --data FOLDER --lr 5e-6 --beta 0.015 --gamma 2.25 --sam_rho 0.01
     torchrun --nproc_per_node=8 unlearn.py ... --save_every 20      # sharded; go on with --resume when killed
 
-min over theta of  forget loss(theta + rho g/||g||) + gamma * retain loss(theta)   (arXiv 2502.05374)
+min over theta of  forget loss(theta + rho v) + gamma * retain loss(theta), v = g/||g||   (arXiv 2502.05374)
 
 Reads DATA/{forget,retain,mcq_forget,mcq_retain}.jsonl (data/README.md has the formats). Writes
 OUT/model.safetensors, OUT/config.json, the tokenizer, OUT/result.json (args, metrics, every step) and
@@ -28,8 +30,7 @@ from evaluate import (CHUNK, IGNORE, InputError, all_max, all_sum, alters_logits
                       collate, context_of, encode, encode_rows, in_turns, join_processes, load_model,
                       logits_of, make_parser, number, one_line_errors, over_labels, own_part, processes,
                       provenance, read_jsonl, show, text_row, token_logps, warn, whole, with_head, write_json)
-from sam import (CR, GP, RS, SAM, WA, accumulator, kernel_file, local, local_rows, operations, plain,
-                 radius_against)
+from sam import (CR, GP, RS, SAM, WA, accumulator, kernel_file, local, local_rows, operations, plain)
 
 TINY = Path(__file__).resolve().parent / "data" / "tiny"
 # Shapes: B samples, T tokens, V vocabulary, D width.
@@ -444,14 +445,15 @@ def parse_args(argv=None):
     # the smoother
     p.add_argument("--smooth", default="sam", help="none, sam, rs, gp, cr, wa, or one of them +wa")
     p.add_argument("--sam_rho", type=real, default=None,
-                   help="radius of sam, 0 = none; 7B: .01 (default: .1, and .001 a weight with linf)")
-    p.add_argument("--attack_lr", type=above, default=None,
-                   help="choose --sam_rho for an attacker with AdamW at this rate: sam.radius_against()")
-    p.add_argument("--sam_norm", choices=["l2", "linf"], default="l2",
-                   help="move all weights together by rho along the direction, or each by rho along its sign")
+                   help="radius of sam, 0 = none; 7B: .01. Alone it means the paper's SAM: l2, gradient "
+                   "(default: .1; with linf .1 / width, rounded to one digit)")
+    p.add_argument("--sam_norm", choices=["l2", "linf"], default=None,
+                   help="move all weights together by rho along the direction, or each by rho along its sign "
+                   "(default: l2; on the built-in data, without rho and direction, linf)")
     p.add_argument("--sam_direction", choices=["gradient", "momentum", "lookahead", "random"],
-                   default="gradient", help="of the forget loss here (the paper); of the step before, which "
-                   "saves a pass; where the attacker would go; noise, a control")
+                   default=None, help="of the forget loss here (the paper); of the step before, which saves "
+                   "a pass; where the attacker would go; noise, a control (default: gradient; on the "
+                   "built-in data, without rho and norm, momentum)")
     p.add_argument("--lookahead_steps", type=some, default=1, help="of the attacker, each a pass, to go rho")
     p.add_argument("--sam_modules", default="", metavar="REGEX",
                    help="perturb only parameters whose name matches")
@@ -497,17 +499,18 @@ def parse_args(argv=None):
     if args.stochastic_rounding and args.param_dtype != "bfloat16":
         raise InputError(f"--stochastic_rounding: {args.param_dtype} needs none; add --param_dtype bfloat16")
     base, averaged = parse_smooth(args.smooth)
-    if args.sam_rho is not None and args.attack_lr:
-        raise InputError(
-            f"--attack_lr {args.attack_lr:g} chooses the radius: drop --sam_rho {args.sam_rho:g}")
-    if args.sam_rho is None and not args.attack_lr:
-        args.sam_rho = 0.001 if args.sam_norm == "linf" else 0.1
     if base == "sam" and args.sam_rho == 0:                      # a radius of 0 is no smoother: say what runs
         base, args.smooth = "none", "wa" if averaged else "none"
-    for name in ("sam_flip", "sam_modules", "sam_norm", "sam_direction", "attack_lr"):
+    for name in ("sam_flip", "sam_modules", "sam_norm", "sam_direction"):
         if getattr(args, name) != p.get_default(name) and base != "sam":
             raise InputError(
                 f"--{name}: there is no SAM perturbation with --smooth {args.smooth}; drop one of them")
+    given = [args.sam_rho, args.sam_norm, args.sam_direction] != [None] * 3
+    if base == "sam" and Path(args.data).resolve() == TINY and not given:
+        args.sam_norm, args.sam_direction = "linf", "momentum"         # what won: README, Beyond the paper
+    args.sam_norm, args.sam_direction = args.sam_norm or "l2", args.sam_direction or "gradient"
+    if args.sam_norm == "l2" and args.sam_rho is None:
+        args.sam_rho = 0.1
     for name in ("sam_modules", "train_modules"):
         try:
             re.compile(getattr(args, name))
@@ -608,10 +611,9 @@ if __name__ == "__main__":
         model.requires_grad_(False)
         for p in params:
             p.requires_grad_(True)
-        if args.attack_lr:
-            moved = [p for _, p in matching(named, "sam_modules", args.sam_modules)]
-            args.sam_rho = radius_against(moved, args.attack_lr, args.sam_norm)
-            print(f"sam_rho {args.sam_rho:.3g}, against an attacker at {args.attack_lr:g}")
+        if args.sam_rho is None:      # a sign step changes a layer's output by up to rho * width, as Adam's
+            width = model.config.get_text_config().hidden_size            # does: muP, arXiv 2203.03466
+            args.sam_rho = float(f"{0.1 / width:.0e}")
         smoother = make_smoother(args, named)
         average = WA(params, args.triton) if parse_smooth(args.smooth)[1] else None
         radius = {SAM: args.sam_rho / args.lookahead_steps, GP: args.gp_radius,

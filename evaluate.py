@@ -1,6 +1,6 @@
 """Score models and compare methods: multiple choice, open questions, perplexity, what relearning brings back.
 
-    python evaluate.py out/npo-s0 out/npo+sam-s0      # one table; about 2 s a run the first time
+    python evaluate.py out/*-s0                       # one table; about 2 s a run the first time
     python evaluate.py out/* --baseline npo           # runs that differ only in seed become mean and standard
                                                       # error; each method against the baseline, pair by pair
     python evaluate.py MODEL --data data/muse/news --limit 20      # any Hugging Face folder, a quick look

@@ -1,7 +1,7 @@
 """Unlearn a forget set so that it stays forgotten: climb rho, take the forget gradient there, return, step.
 
     python unlearn.py                                 # laptop CPU, built-in data: 40 s, then 15 s; NPO + SAM
-                                                      # along the last step's signs (README, Beyond the paper):
+                                                      # along the last step's signs (README, Beyond the paper)
                                                       # UE .00 -> .77, .72 after relearning on 60 samples
     python unlearn.py --sam_rho 0.1                   # the paper's SAM: .61, then .47
     python unlearn.py --sam_rho 0                     # plain NPO: .76, then .24

@@ -1103,23 +1103,24 @@ def attack_prefix(run, done, args):
 
 # ---- sharpness --------------------------------------------------------------------------------------------
 
-def forget_objective(model, tokenizer, run, done, args, first=0):
+def forget_objective(model, tokenizer, run, done, args, first=None):
     """A closure that gives the forget loss (0-dim, with graph) on a fixed batch: args.sharpness_rows rows of
-    forget.jsonl, evenly spaced, counted from `first`. own: the loss that the run descended; nll: what a
-    relearning attack descends.
+    forget.jsonl, evenly spaced. own: the loss that the run descended; nll: what a relearning attack descends.
+    first: the first row of two batches without a common row, 0 or 1 (None: of a single batch).
     """
     from unlearn import forget_loss, sample_logps                             # here: it imports this file
     ran, ref = done["args"], None
     rows = read_jsonl(Path(args.data or ran["data"]) / "forget.jsonl", text_row)
-    rows = rows[first::math.ceil(len(rows) / args.sharpness_rows)]
+    apart = math.ceil(len(rows) / args.sharpness_rows)
+    rows = rows[::apart] if first is None else rows[first::max(2, apart)]
     samples = encode_rows(tokenizer, rows, context_of(model), ran.get("max_len", 0))
     batch = collate(samples, tokenizer.pad_token_id or 0, model.device)
     if args.sharpness == "nll":
         return lambda: -token_logps(model, batch)[0].sum() / (batch["labels"][:, 1:] != IGNORE).sum()
     if ran.get("loss") not in ("npo", "simnpo", "ga", "graddiff"):
         raise InputError(f"{run}: the loss that a run descended can be measured for npo, simnpo, ga and "
-                         f"graddiff, not {ran.get('loss', 'a model that nothing was unlearned from')}: use "
-                         "--sharpness nll, or drop --geometry")
+                         f"graddiff, not {ran.get('loss', 'a model that nothing was unlearned from')}: "
+                         "evaluate.py has --sharpness nll, for relearn.py drop --geometry")
     if ran["loss"] == "npo":
         with torch.no_grad():
             ref = sample_logps(load_model(args.teacher or ran["model"], args.device)[0], batch, ran["reduce"])
@@ -1205,6 +1206,14 @@ def holm(ps):
     return out
 
 
+def correct(paired):
+    """Add "p_holm" to each {method: compare()}: a column is a family of as many tests as it has methods."""
+    for key in {key for by in paired.values() for key in by}:
+        tests = [by[key] for by in paired.values() if key in by]
+        for test, p in zip(tests, holm([test["p"] for test in tests])):
+            test["p_holm"] = p
+
+
 def spearman(x, y):
     """(rank correlation, two-sided p) of n >= 3 pairs; ties get their mean rank. None where one is constant.
 
@@ -1248,6 +1257,9 @@ def method(result):
         name = args["loss"] + ("" if args["smooth"] == "none" else f"+{args['smooth']}")
         name += "".join(f" {args[k]}" for k, usual in (("sam_direction", "gradient"), ("sam_norm", "l2"))
                         if args.get(k, usual) != usual) + " flipped" * args["sam_flip"]
+        args = {"sam_norm": "l2", "sam_direction": "gradient", "lookahead_steps": 1} | args   # of older runs
+        if "sam" not in args["smooth"]:
+            args = {k: v for k, v in args.items() if not k.startswith(("sam_", "lookahead_"))}
     skip = ("seed", "out", "data", "model", "overwrite", "relearn", "device", "eval_every")
     return name, json.dumps({k: v for k, v in args.items() if k not in skip}, sort_keys=True)
 
@@ -1647,10 +1659,7 @@ if __name__ == "__main__":
                                         "se": {k: v[1] for k, v in stats.items()}}
             if s != base:
                 out["paired"][names[s]] = compare(group, groups[base], keys)
-        for key in keys:                              # each column is a family of as many tests as methods
-            tests = [by[key] for by in out["paired"].values() if key in by]
-            for test, p in zip(tests, holm([test["p"] for test in tests])):
-                test["p_holm"] = p
+        correct(out["paired"])
         relearned = [k for k in keys if " " in k]    # "UE 20" and so on: a table of their own for each prefix
         prefixes = list(dict.fromkeys(k.rsplit(" ", 1)[0] for k in relearned))
         texts = [k for k in keys if k.startswith(("ppl_", "es_", "em_"))]

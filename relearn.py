@@ -83,25 +83,26 @@ def aims(own, other, nll, params, rho):
     the gradient of the other batch at the weights that the first one moved by rho each: what a step before
     would have left behind. random, one normal draw, tells what a cosine of nothing is.
     """
-    grad, rng = lambda loss: torch.autograd.grad(loss(), params), torch.Generator().manual_seed(0)
+    grad = lambda loss: torch.autograd.grad(loss(), params, materialize_grads=True)
+    rng = torch.Generator().manual_seed(0)
     gradient = grad(own)
     with SAM(params, rho, "linf", triton=False).perturbed(dict(zip(params, gradient))):
         momentum = grad(other)
-    found = {"gradient": gradient, "momentum": momentum, "lookahead": [-g for g in grad(nll)]}
-    found |= {f"sign of {name}": [g.sign() for g in gs] for name, gs in found.items()}
-    return found | {"random": [torch.randn(p.shape, generator=rng).to(p.device) for p in params]}
+    return {"gradient": gradient, "momentum": momentum, "lookahead": [-g for g in grad(nll)],
+            "random": [torch.randn(p.shape, generator=rng).to(p.device) for p in params]}
 
 
 @torch.no_grad()
 def geometry(start, goals, losses, points=5):
     """Where an attack went from start = [(parameter, old weights)]: {"l2", "mean", "max": size of the whole
-    move, and of a single weight's; "cosine": {name: with each of aims()}; "path": losses ({name: closure}) at
-    evenly spaced weights on the straight line}. Leaves the weights at its end."""
+    move, and of a single weight's; "cosine": {name: with each of aims(), and with its signs}; "path": losses
+    ({name: closure}) at evenly spaced weights on the straight line}. Leaves the weights at its end."""
     flat = lambda tensors: torch.cat([t.flatten().float() for t in tensors])
     ends, moved = [p.detach().clone() for p, _ in start], flat([p - w for p, w in start])
+    cosine = lambda goal: F.cosine_similarity(moved, goal, dim=0).item()
     out = {"l2": moved.norm().item(), "mean": moved.abs().mean().item(), "max": moved.abs().max().item(),
-           "cosine": {name: F.cosine_similarity(moved, flat(g), dim=0).item() for name, g in goals.items()},
-           "path": []}
+           "cosine": {name: cosine(flat(g)) for name, g in goals.items()}, "path": []}
+    out["cosine"] |= {f"sign of {name}": cosine(flat(g).sign()) for name, g in goals.items()}
     for part in [i / (points - 1) for i in range(points)]:
         for (p, w), end in zip(start, ends):
             p.copy_(w + part * (end - w))
@@ -180,7 +181,7 @@ def attack(model, tokenizer, rows, questions, args, objective=None):
     plan = [(lr, n, e) for lr in args.lr for n in sorted(args.samples) for e in sorted(args.epochs)]
     bar, looks = tqdm(total=len(plan) * args.draws, desc="relearning", unit="run"), None
     if args.geometry:
-        losses = {"own": objective("own"), "nll": objective("nll")}
+        losses = {"own": objective("own", 0), "nll": objective("nll", 0)}
         looks = aims(losses["own"], objective("own", 1), losses["nll"], [p for p, _ in saved], args.geometry)
     try:
         for lr, count, epochs in plan:
@@ -284,8 +285,10 @@ def parse_args(argv=None):
                    help="of the attacked weights (default: the run's); in bfloat16 small steps are lost")
     p.add_argument("--max_len", type=number(int, 0), default=None, help="cut samples (default: the run's)")
     args = p.parse_args(argv)
-    if (args.quantize or args.prune) and (args.lora or args.attack_data != "forget"):
-        p.error("--quantize and --prune train nothing: drop --lora and --attack_data, or attack in two calls")
+    if (args.quantize or args.prune) and (args.lora or args.attack_data != "forget" or args.geometry
+                                          or args.optimizer != "adamw"):
+        p.error("--quantize and --prune train nothing: drop --lora, --attack_data, --optimizer and "
+                "--geometry, or attack in two calls")
     if args.geometry and args.lora:
         p.error("--geometry looks at the weights, which --lora leaves as they are: drop one")
     if any(percent > 100 for percent in args.prune):
@@ -300,6 +303,9 @@ def parse_args(argv=None):
     if args.data is None:
         raise InputError(f"{args.run} is a plain model and names no data: add --data FOLDER")
     args.param_dtype = args.param_dtype or ran.get("param_dtype", "float32")
+    if args.geometry and args.param_dtype != "float32":
+        raise InputError(f"--geometry: {args.param_dtype} would round the attack's path; add --param_dtype "
+                         "float32")
     return args
 
 
@@ -316,7 +322,7 @@ def main(args, model=None, tokenizer=None):
     if model is None:
         model, tokenizer = load_model(args.run, args.device, getattr(torch, args.param_dtype))
     fixed = {"data": args.data, "teacher": None, "device": args.device, "sharpness_rows": 64}
-    objective = lambda kind, first=0: evaluate.forget_objective(
+    objective = lambda kind, first: evaluate.forget_objective(
         model, tokenizer, args.run, evaluate.load_result(args.run), Namespace(sharpness=kind, **fixed), first)
     metrics = (attack(model, tokenizer, rows, questions, args, objective) if rows else
                compress(model, tokenizer, questions, args))
@@ -333,11 +339,11 @@ def main(args, model=None, tokenizer=None):
         lines.append([name, f"{b['lr']:g}" if "lr" in b else "-", *cells])
     print(evaluate.table(lines))
     moved = [(b, [m["cosine"] for m in b["geometry"]]) for b in metrics["budgets"] if "geometry" in b]
+    mean = lambda cosines, key: f"{sum(c[key] for c in cosines) / len(cosines):+.3f}"
     if moved:
         print("\ncosine of the attack's displacement with where sam.SAM would look from here")
         print(evaluate.table([["samples", "lr", *moved[0][1][0]]] + [
-            [str(b["samples"]), f"{b['lr']:g}", *(f"{sum(c[k] for c in cs) / len(cs):+.3f}" for k in cs[0])]
-            for b, cs in moved]))
+            [evaluate.budget_name(b), f"{b['lr']:g}", *(mean(cs, k) for k in cs[0])] for b, cs in moved]))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ one that also holds nearby (arXiv 2502.05374, section 5; v = g/||g||, one global
 parameters):
 
     SAM   g(theta + rho v)                                         2 passes   paper rho = 0.01 (7B)
-          v of the step before (momentum), its signs (linf)        1 pass     not in the paper
+          v = sign(g), other directions: class SAM              1, 2 passes   not in the paper
     RS    mean of g(theta + sigma z) over K draws, z ~ N(0, I)     K passes   paper sigma = 1e-4, K = 3
     GP    gradient of l + lam ||g||                                2 passes
     CR    gradient of l + lam ||g(theta + mu v) - g(theta)||       4 passes
@@ -22,11 +22,13 @@ In your own loop, the retain gradient at the unperturbed weights:
 
 Or give any smoother a closure that runs forward and backward of the whole forget batch, *adds* its gradient
 to p.grad and returns the loss: `loss = smoother(closure)` leaves the smoothed gradient in p.grad and returns
-the loss at theta. p.grad must be empty before. unlearn.py is the worked example.
+the loss at theta; RS and the directions of SAM without a pass there, that at the perturbed weights. p.grad
+must be empty before. unlearn.py is the worked example.
 
 Precision: the perturbation is rounded to the parameter's dtype. `stats` says what was really applied: its
 norm and its cosine with v. In bf16 and with a small rho both can be far from what was asked for.
 Memory: SAM needs weights + gradient + saved weights; the ascent gradient's memory becomes the saved copy.
+Momentum keeps its directions as well: a byte a weight with linf.
 Speed: with kernels/ beside this file and parameters on a GPU, each operation on the weights is one launch.
 """
 import functools, importlib.util, os, types
@@ -100,10 +102,12 @@ def ascent_(params, directions, rho, saved, reuse=True, eps=1e-12, linf=False):
     scale = torch.where(ok, rho / (norm + eps), 0.0)
     sums = []                                # of step^2, step * d and sign^2, three for each piece
     for p, d in (pair for both in zip(params, directions) for pair in pieces(*both)):
-        wide, move, s = d.to(accumulator(p.dtype)), ok.to(p.device), scale.to(p.device)
+        wide = d.to(accumulator(p.dtype))
         if linf:
             move, s = wide.isfinite(), rho
             wide = torch.where(move, wide.sign(), torch.nan)
+        else:
+            move, s = ok.to(p.device), scale.to(p.device)
         old = p.to(wide.dtype)
         new = torch.where(move, old + s * wide, old).to(p.dtype)
         step = (new.to(wide.dtype) - old).flatten()            # what survived the rounding
@@ -220,7 +224,7 @@ class SAM:
 
     triton, also below: see operations(). stats: after a step {norm, applied_norm, cosine} as 0-dim tensors
     (reading one stalls a GPU): of d or its signs, of what was applied, between the two; of lookahead's last
-    step. A norm of inf or nan says that the gradient was so.
+    step. A norm of inf or nan says that the gradient was so; momentum's int8 signs cannot tell.
     """
 
     def __init__(self, params, rho=0.01, norm="l2", direction="gradient", perturb=None, flip=False,
@@ -239,9 +243,11 @@ class SAM:
     def ascent(self, directions=None):
         """Move the weights by rho along `directions` ({parameter: tensor}, kept), by default along p.grad,
         whose memory then holds the old weights. p.grad is None afterwards."""
+        own = directions is None
         if self.saved:
             raise RuntimeError("SAM: the weights are perturbed already; restore() first")
-        own = directions is None
+        if own and self.direction != "gradient":
+            raise RuntimeError(f"SAM: {self.direction} does not follow p.grad: call it, loss = sam(closure)")
         grads = take_grads(self.params)
         self.move(grads if own else directions, self.sign * self.rho, self.saved, own)
 
@@ -270,6 +276,8 @@ class SAM:
         of its own. Returns the loss at theta with gradient, else that of the last pass, at theta + rho v."""
         if self.direction == "lookahead" and attack is None:
             raise ValueError("SAM: lookahead needs the attacker's loss: smoother(closure, attack)")
+        if self.saved:
+            raise RuntimeError("SAM: the weights are perturbed already; restore() first")
         loss = None
         try:
             if self.direction == "gradient":
@@ -280,7 +288,7 @@ class SAM:
             elif self.direction == "random":
                 noise, self.draws = [torch.zeros_like(p) for p in self.perturb], self.draws + 1
                 self.ops.noise_(noise, 1.0, (self.seed * 1_000_003 + self.draws) % 2**63)
-                self.ascent(dict(zip(self.perturb, noise)))
+                self.move(dict(zip(self.perturb, noise)), self.sign * self.rho, self.saved, reuse=True)
             else:
                 self.saved.extend((p, p.detach().clone()) for p in self.perturb)
                 for _ in range(self.steps):

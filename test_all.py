@@ -170,7 +170,7 @@ class TestSmoothers(unittest.TestCase):
             self.assertEqual({d.dtype for d in s.kept.values()}, kept)
 
     def test_momentum_of_a_subset_keeps_and_moves_only_it(self):
-        net, g = Network(), None
+        net = Network()
         s = sam.SAM(net.params, 0.2, "linf", "momentum", perturb=net.params[1:2])
         g = net.gradient()
         net.smoothed(s)
@@ -428,6 +428,11 @@ class TestSmoothers(unittest.TestCase):
         p.grad = torch.ones(2)
         s.ascent()
         self.assertRaises(RuntimeError, s.ascent)
+        self.assertRaises(RuntimeError, s, lambda: self.fail("the closure must not run"))
+        s.restore()
+        for direction in ("momentum", "lookahead", "random"):               # do not follow p.grad: say so
+            self.assertRaisesRegex(RuntimeError, "call it", sam.SAM([p], 0.1, direction=direction).ascent)
+        self.assertTrue(torch.equal(p, torch.ones(2)))
 
     def test_noise_is_standard_normal_times_sigma_and_follows_the_seed(self):
         a, b, c = (torch.zeros(200_000) for _ in range(3))
@@ -801,15 +806,16 @@ class TestKernels(unittest.TestCase):
             self.assertEqual(s.saved, [])
 
     def test_smoothers_by_kernels_agree_with_those_in_torch(self):
-        def twice(params, triton):                                           # the second call has a direction
-            s = sam.SAM(params, 0.1, "linf", "momentum", triton=triton)
+        def twice(params, triton, norm="linf"):                              # the second call has a direction
+            s = sam.SAM(params, 0.1, norm, "momentum", triton=triton)
             return lambda closure: (s(closure), [p.grad.zero_() for p in params], s(closure))
 
-        def lookahead(params, triton):
-            s = sam.SAM(params, 0.1, "linf", "lookahead", lookahead_steps=2, triton=triton)
+        def lookahead(params, triton, norm="linf"):
+            s = sam.SAM(params, 0.1, norm, "lookahead", params[1:], True, lookahead_steps=2, triton=triton)
             return lambda closure: s(closure, closure)
         for make in (lambda p, t: sam.SAM(p, 0.3, triton=t), lambda p, t: sam.GP(p, 0.5, 0.3, triton=t),
                      lambda p, t: sam.SAM(p, 0.3, perturb=p[1:], flip=True, triton=t), twice, lookahead,
+                     lambda p, t: twice(p, t, "l2"), lambda p, t: lookahead(p, t, "l2"),
                      lambda p, t: sam.SAM(p, 0.1, "linf", triton=t),
                      lambda p, t: sam.CR(p, 0.2, 0.3, 0.2, triton=t)):
             one, other = (Network(dtype=torch.float32) for _ in range(2))
@@ -1393,6 +1399,7 @@ class TestInput(unittest.TestCase):
         self.assertEqual(variant("--sam_rho", "0.01"), ["gradient", "l2", 0.01])
         self.assertEqual(variant(), ["momentum", "linf", None])          # rho follows from the model's width
         self.assertEqual(variant("--data", "/mine", "--model", "m"), ["gradient", "l2", 0.1])
+        self.assertEqual(variant("--data", "data/tiny/seed3"), ["momentum", "linf", None])
         self.assertEqual(variant("--sam_direction", "lookahead"), ["lookahead", "l2", 0.1])
         self.assertEqual(variant("--sam_norm", "linf"), ["gradient", "linf", None])
         self.assertEqual(variant("--smooth", "gp"), ["gradient", "l2", 0.1])
@@ -1511,10 +1518,25 @@ class TestEvaluate(unittest.TestCase):
         self.assertAlmostEqual(got["UE"]["t"], 3.0)                     # differences 2 and 4: mean 3, error 1
         self.assertAlmostEqual(got["UE"]["d"], 3 / math.sqrt(2))        # deviation sqrt(2)
 
+    def test_runs_from_before_a_flag_existed_are_averaged_with_newer_ones(self):
+        new = vars(unlearn.parse_args(["--sam_rho", "0.1", "--out", "/nowhere"]))
+        old = {k: v for k, v in new.items() if k not in ("sam_norm", "sam_direction", "lookahead_steps")}
+        of = lambda args: evaluate.method({"stage": "unlearn", "args": args})
+        self.assertEqual(of(old), of(new))
+        self.assertEqual(of(new | {"smooth": "none", "sam_rho": 0.0}), of(old | {"smooth": "none"}))
+        other = of(new | {"sam_direction": "momentum"})
+        self.assertEqual((other[0], of(new)[0]), ("npo+sam momentum", "npo+sam"))
+        self.assertNotEqual(other[1], of(new)[1])
+
     def test_holm_by_hand_and_never_below_the_p_value_or_out_of_order(self):
         self.assertEqual(evaluate.holm([0.01, None, 0.04, 0.03, 0.005]), [0.03, None, 0.06, 0.06, 0.02])
         self.assertEqual(evaluate.holm([0.9, 0.8]), [1.0, 1.0])          # 2 x .8 is cut to 1, and .9 follows
         self.assertEqual(evaluate.holm([]), [])
+        paired = {m: {"UE": {"p": p}, "UT": {"p": q}} for m, p, q in (("a", 0.01, 0.5), ("b", 0.02, None))}
+        paired["c"] = {"UE": {"p": 0.03}}
+        evaluate.correct(paired)                                         # each column by itself
+        self.assertEqual([by["UE"]["p_holm"] for by in paired.values()], [0.03, 0.04, 0.04])
+        self.assertEqual((paired["a"]["UT"]["p_holm"], paired["b"]["UT"]["p_holm"]), (0.5, None))
 
 
 # ---- evaluate.py: metrics of the published benchmarks -----------------------------------------------------
@@ -2412,6 +2434,15 @@ class TestSharpness(unittest.TestCase):
                 want = unlearn.forget_backward(model, micro, None, ran)
                 self.assertAlmostEqual(got.item(), want.item(), delta=1e-5 * abs(want.item()))
             args.sharpness = "nll"
+            seen = []
+            with mock.patch.object(evaluate, "encode_rows", lambda tok, rows, *more: (
+                    seen.append({r["where"] for r in rows}), samples)[1]):
+                for first in (0, 1):
+                    for args.sharpness_rows in (2, 64):
+                        evaluate.forget_objective(model, tok, "run", {"args": {"data": folder}}, args, first)
+            self.assertTrue(seen[0] and seen[2] and not seen[0] & seen[2])     # two batches, no common row
+            self.assertTrue(seen[1] and seen[3] and not seen[1] & seen[3])
+            args.sharpness_rows = 3
             got = evaluate.forget_objective(model, tok, "run", {"args": {"data": folder}}, args)()
             nll = [-evaluate.token_logps(model, evaluate.collate([s], 0))[0].sum().item() for s in samples]
             self.assertAlmostEqual(got.item(), sum(nll) / sum(len(s[0]) - 1 for s in samples), places=5)
@@ -2562,8 +2593,7 @@ class TestRelearn(unittest.TestCase):
         got = relearn.aims(on(net), on(other), on(attacker), params, 0.2)
         g, n = net.gradient(), attacker.gradient(params)
         before = other.gradient([(p + 0.2 * d.sign()).detach().requires_grad_() for p, d in zip(params, g)])
-        for name, want in (("gradient", g), ("momentum", before), ("lookahead", [-d for d in n]),
-                           ("sign of momentum", [d.sign() for d in before])):
+        for name, want in (("gradient", g), ("momentum", before), ("lookahead", [-d for d in n])):
             torch.testing.assert_close(flat(got[name]), flat(want), rtol=1e-10, atol=1e-12)
         start = [(p, p.detach().clone()) for p in params]
         with torch.no_grad():
@@ -2574,6 +2604,10 @@ class TestRelearn(unittest.TestCase):
         self.assertTrue(torch.equal(flat(params), end))
         self.assertAlmostEqual(moved["l2"], 0.5 * flat(n).norm().item(), places=5)
         self.assertAlmostEqual(moved["mean"], 0.5 * flat(n).abs().mean().item(), places=5)
+        self.assertAlmostEqual(moved["max"], 0.5 * flat(n).abs().max().item(), places=5)
+        sign = flat(before).sign()
+        self.assertAlmostEqual(moved["cosine"]["sign of momentum"],
+                               -(flat(n) @ sign / flat(n).norm() / sign.norm()).item(), places=5)
         self.assertAlmostEqual(moved["cosine"]["lookahead"], 1, places=5)
         cosine = -(flat(g) @ flat(n) / flat(g).norm() / flat(n).norm()).item()
         self.assertAlmostEqual(moved["cosine"]["gradient"], cosine, places=5)
@@ -2881,7 +2915,9 @@ class TestScale(unittest.TestCase):
         for flags, bytes_each in ((["--smooth", "none"], 8), (["--smooth", "gp"], 12),
                                   (["--smooth", "cr"], 18), (["--smooth", "wa"], 12),
                                   (["--retain", "kl", "--sam_rho", "0.1"], 12),
-                                  (["--sam_direction", "momentum", "--sam_norm", "linf"], 11)):
+                                  (["--sam_direction", "momentum", "--sam_norm", "linf"], 11),
+                                  (["--sam_direction", "momentum", "--sam_norm", "l2"], 12),
+                                  (["--sam_direction", "lookahead"], 10)):
             args = unlearn.parse_args(["--param_dtype", "bfloat16", "--out", "/nowhere", *flags])
             self.assertEqual(sum(unlearn.memory_plan(args, 100, 100, 0).values()), 100 * bytes_each)
 
@@ -3384,6 +3420,7 @@ class TestScripts(unittest.TestCase):
             (lambda: ("--steps", 0), "0", out), (lambda: ("--device", "cuda:77"), "cuda:77", out),
             (lambda: ("--sam_modules", "xyz"), "xyz", out),
             (lambda: ("--sam_direction", "momentum", "--smooth", "gp"), "sam_direction", out),
+            (lambda: ("--lookahead_steps", 2), "--sam_direction lookahead", out),
             (lambda: ("--sam_modules", "("), "regular expression", out),
             (lambda: ("--beta", 0), "beta", out),
             (lambda: ("--stochastic_rounding", ), "bfloat16", out),

@@ -400,7 +400,7 @@ def precision_warning(applied, cosine, radius, dtype):
     if 0.5 < applied / radius < 2 and cosine > 0.9:
         return None
     return (f"precision: in {dtype} a perturbation of norm {radius:g} became one of norm {applied:.3g} with "
-            f"cosine {cosine:.2f} to the gradient; use fp32 weights, a larger rho, or gp with a large radius")
+            f"cosine {cosine:.2f} to it; use fp32 weights, a larger rho, or gp with a large radius")
 
 
 def parse_args(argv=None):
@@ -412,7 +412,7 @@ def parse_args(argv=None):
                    help="Hugging Face folder or hub name (default: the built-in target)")
     p.add_argument("--data", default=os.path.relpath(TINY),
                    help="folder with forget.jsonl, ... (default: built-in)")
-    p.add_argument("--out", default=None, help="run folder (default: out/LOSS+SMOOTH-sSEED)")
+    p.add_argument("--out", default=None, help="run folder (default: out/LOSS+SMOOTH[-VARIANT]-sSEED)")
     p.add_argument("--seed", type=number(int, 0), default=0,
                    help="of batches and noise; built-in: of world and target too")
     p.add_argument("--overwrite", action=flag, default=False, help="replace OUT when it exists")
@@ -454,11 +454,11 @@ def parse_args(argv=None):
                    default=None, help="of the forget loss here (the paper); of the step before, which saves "
                    "a pass; where the attacker would go; noise, a control (default: gradient; on the "
                    "built-in data, without rho and norm, momentum)")
-    p.add_argument("--lookahead_steps", type=some, default=1, help="of the attacker, each a pass, to go rho")
+    p.add_argument("--lookahead_steps", type=some, default=1, help="of lookahead, each a pass and rho/steps")
     p.add_argument("--sam_modules", default="", metavar="REGEX",
                    help="perturb only parameters whose name matches")
     p.add_argument("--sam_flip", action=flag, default=False,
-                   help="control: step down instead of up the gradient")
+                   help="control: perturb the other way")
     p.add_argument("--rs_sigma", type=real, default=0.01, help="rs's noise on every weight; 7B: 1e-4")
     p.add_argument("--rs_samples", type=some, default=3, help="draws of rs a step; 7B: 3")
     p.add_argument("--gp_lambda", type=real, default=0.1, help="weight of gp's ||g||")
@@ -505,12 +505,15 @@ def parse_args(argv=None):
         if getattr(args, name) != p.get_default(name) and base != "sam":
             raise InputError(
                 f"--{name}: there is no SAM perturbation with --smooth {args.smooth}; drop one of them")
-    given = [args.sam_rho, args.sam_norm, args.sam_direction] != [None] * 3
-    if base == "sam" and Path(args.data).resolve() == TINY and not given:
+    where, free = Path(args.data).resolve(), args.sam_rho is args.sam_norm is args.sam_direction is None
+    if base == "sam" and free and TINY in (where, where.parent):
         args.sam_norm, args.sam_direction = "linf", "momentum"         # what won: README, Beyond the paper
     args.sam_norm, args.sam_direction = args.sam_norm or "l2", args.sam_direction or "gradient"
     if args.sam_norm == "l2" and args.sam_rho is None:
         args.sam_rho = 0.1
+    if args.lookahead_steps > 1 and args.sam_direction != "lookahead":
+        raise InputError(f"--lookahead_steps {args.lookahead_steps}: --sam_direction {args.sam_direction} "
+                         "looks at no attacker; add --sam_direction lookahead, or drop it")
     for name in ("sam_modules", "train_modules"):
         try:
             re.compile(getattr(args, name))

@@ -1206,7 +1206,7 @@ def holm(ps):
     return out
 
 
-def correct(paired):
+def correct_for_methods(paired):
     """Add "p_holm" to each {method: compare()}: a column is a family of as many tests as it has methods."""
     for key in {key for by in paired.values() for key in by}:
         tests = [by[key] for by in paired.values() if key in by]
@@ -1659,7 +1659,7 @@ if __name__ == "__main__":
                                         "se": {k: v[1] for k, v in stats.items()}}
             if s != base:
                 out["paired"][names[s]] = compare(group, groups[base], keys)
-        correct(out["paired"])
+        correct_for_methods(out["paired"])
         relearned = [k for k in keys if " " in k]    # "UE 20" and so on: a table of their own for each prefix
         prefixes = list(dict.fromkeys(k.rsplit(" ", 1)[0] for k in relearned))
         texts = [k for k in keys if k.startswith(("ppl_", "es_", "em_"))]

@@ -1534,7 +1534,7 @@ class TestEvaluate(unittest.TestCase):
         self.assertEqual(evaluate.holm([]), [])
         paired = {m: {"UE": {"p": p}, "UT": {"p": q}} for m, p, q in (("a", 0.01, 0.5), ("b", 0.02, None))}
         paired["c"] = {"UE": {"p": 0.03}}
-        evaluate.correct(paired)                                         # each column by itself
+        evaluate.correct_for_methods(paired)                                         # each column by itself
         self.assertEqual([by["UE"]["p_holm"] for by in paired.values()], [0.03, 0.04, 0.04])
         self.assertEqual((paired["a"]["UT"]["p_holm"], paired["b"]["UT"]["p_holm"]), (0.5, None))
 

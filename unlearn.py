@@ -507,7 +507,7 @@ def parse_args(argv=None):
                 f"--{name}: there is no SAM perturbation with --smooth {args.smooth}; drop one of them")
     where, free = Path(args.data).resolve(), args.sam_rho is args.sam_norm is args.sam_direction is None
     if base == "sam" and free and TINY in (where, where.parent):
-        args.sam_norm, args.sam_direction = "linf", "momentum"     # as good, cheaper: README, Beyond the paper
+        args.sam_norm, args.sam_direction = "linf", "momentum"   # as good, cheaper: README, Beyond the paper
     args.sam_norm, args.sam_direction = args.sam_norm or "l2", args.sam_direction or "gradient"
     if args.sam_norm == "l2" and args.sam_rho is None:
         args.sam_rho = 0.1

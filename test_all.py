@@ -1,4 +1,4 @@
-"""Everything that must hold. Run `python test_all.py` (about 2 minutes on 2 cores; pytest collects it too).
+"""Everything that must hold. Run `python test_all.py` (4 minutes on 2 idle cores; pytest collects it too).
 
 Each test compares with a definition that does not use the code under test: autograd with double backward, a
 closed form, a loop over single samples, a published table. Nothing is downloaded; the slow part at the end

@@ -18,336 +18,319 @@ contain those of a smaller one. No "fact" is told twice before each was told onc
 while there are so many, and UE_heldout is the UE on the questions about the other facts: it tells unlocking
 (old knowledge comes back) from re-teaching. Next: evaluate.py puts runs into one table.
 """
-import math, random, time
-from argparse import Namespace
-from collections import Counter
-from contextlib import contextmanager
+import math
+import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import evaluate
-from evaluate import (InputError, all_sum, collate, context_of, encode_rows, join_processes, load_model,
-                      make_parser, number, one_line_errors, own_part, processes, provenance, read_jsonl, show,
-                      text_row, token_logps, write_json)
-from sam import SAM, accumulator, restore_
+import sam
+from data import adapters, formats, models, processes, runs, scores, tables
+from data.finetune import draw_samples, finetune
+from data.formats import InputError
 
 
-def draw_samples(rows, count, seed):
-    """Indices of `count` rows in an order that only seed fixes, so that smaller draws are prefixes of larger
-    ones: a row of every fact first, where rows carry one, then a second row of each, and so on."""
-    order, told, rank = list(range(len(rows))), Counter(), {}
-    random.Random(seed).shuffle(order)
-    if count > len(rows):
-        raise InputError(f"--samples {count}: there are {len(rows)}; ask for fewer")
-    for i in order:
-        fact = rows[i].get("fact", f"row {i}")
-        rank[i] = told[fact]
-        told[fact] += 1
-    return sorted(order, key=rank.get)[:count]
+# ---- attacks without training: an edit of the weights each --------------------------------------------
 
-
-def relearn(model, samples, pad, lr, batch_size, epochs, seed, watch=None, kind="adamw"):
-    """Fine-tune model in place on encoded samples: mean NLL a token, AdamW or SGD with momentum .9, rate
-    linear to 0. Trains what requires a gradient. watch(steps done, steps in all) follows every step.
-    """
-    rng = random.Random(seed)
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = (torch.optim.AdamW(params, lr=lr, weight_decay=0.0) if kind == "adamw" else
-                 torch.optim.SGD(params, lr=lr, momentum=0.9))
-    steps, step = epochs * math.ceil(len(samples) / batch_size), 0
-    for _ in range(epochs):
-        order = rng.sample(range(len(samples)), len(samples))
-        for i in range(0, len(order), batch_size):
-            optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
-            part, weight = own_part(order[i:i + batch_size])
-            logps, mask = token_logps(model, collate([samples[j] for j in part], pad, model.device))
-            loss = -logps.sum() * weight / all_sum(mask.sum() * weight, model.device)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            if watch:
-                watch(step, steps)
-    last = all_sum(loss.detach(), model.device).item()
-    if not math.isfinite(last):
-        raise InputError(f"relearning with --lr {lr:g} diverged (loss {last}): lower it")
-
-
-def aims(own, other, nll, params, rho):
-    """{name: [a tensor for each parameter]}: where the variants of sam.SAM would move the weights from here.
-
-    own, other: the forget loss on two batches; nll: the attacker's loss; closures, with graph. momentum is
-    the gradient of the other batch at the weights that the first one moved by rho each: what a step before
-    would have left behind. random, one normal draw, tells what a cosine of nothing is.
-    """
-    grad = lambda loss: torch.autograd.grad(loss(), params, materialize_grads=True)
-    rng = torch.Generator().manual_seed(0)
-    gradient = grad(own)
-    with SAM(params, rho, "linf", triton=False).perturbed(dict(zip(params, gradient))):
-        momentum = grad(other)
-    return {"gradient": gradient, "momentum": momentum, "lookahead": [-g for g in grad(nll)],
-            "random": [torch.randn(p.shape, generator=rng).to(p.device) for p in params]}
+@torch.no_grad()
+def quantize(model, bits, args):
+    """Round every layer of adapters.linears() to nearest, symmetric: each args.group neighbours in a row
+    become scale * {-q, ..., q} with q = 2^(bits-1) - 1 and scale = max|w| / q; a row's last group may be
+    shorter."""
+    for layer in adapters.linears(model):
+        for part in layer.weight.split(args.group, dim=1):                           # (out, group)
+            wide = part.to(sam.accumulator(part.dtype))
+            scale = wide.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)         # (out, 1)
+            part.copy_(torch.where(scale > 0, (wide / scale).round() * scale, 0.0))
 
 
 @torch.no_grad()
-def geometry(start, goals, losses, points=5):
-    """Where an attack went from start = [(parameter, old weights)]: {"l2", "mean", "max": size of the whole
-    move, and of a single weight's; "cosine": {name: with each of aims(), and with its signs}; "path": losses
-    ({name: closure}) at evenly spaced weights on the straight line}. Leaves the weights at its end."""
-    flat = lambda tensors: torch.cat([t.flatten().float() for t in tensors])
-    ends, moved = [p.detach().clone() for p, _ in start], flat([p - w for p, w in start])
-    cosine = lambda goal: F.cosine_similarity(moved, goal, dim=0).item()
-    out = {"l2": moved.norm().item(), "mean": moved.abs().mean().item(), "max": moved.abs().max().item(),
-           "cosine": {name: cosine(flat(g)) for name, g in goals.items()}, "path": []}
-    out["cosine"] |= {f"sign of {name}": cosine(flat(g).sign()) for name, g in goals.items()}
-    for part in [i / (points - 1) for i in range(points)]:
-        for (p, w), end in zip(start, ends):
-            p.copy_(w + part * (end - w))
-        out["path"].append({"part": part, **{name: loss().item() for name, loss in losses.items()}})
-    restore_([(p, end) for (p, _), end in zip(start, ends)])
-    return out
+def prune(model, percent, args):
+    """Set the floor(percent/100 * size) smallest weights of every layer of linears() to 0 (magnitude)."""
+    for layer in adapters.linears(model):
+        weight = layer.weight
+        smallest = weight.abs().view(-1).topk(int(percent / 100 * weight.numel()), largest=False)
+        weight.view(-1)[smallest.indices] = 0
 
 
-def linears(model):
-    """The nn.Linear layers but the output layer: what adapters go on, and what is quantized and pruned."""
-    found = [m for m in model.modules() if isinstance(m, torch.nn.Linear)
-             and m is not model.get_output_embeddings()]
-    if not found:
-        raise InputError(f"{type(model).__name__} has no nn.Linear: --lora, --quantize and --prune need one")
-    return found
+EDITS = {                                        # each has a flag of its name, with the amounts to try
+    "quantize": quantize,
+    "prune": prune,
+}
 
 
-@contextmanager
-def lora(model, rank, seed):
-    """Train adapters instead of the weights: y + 2 B A x on every layer of linears() (arXiv 2106.09685, with
-    alpha = 2 rank). A (rank, in) ~ N(0, 1/in), B (out, rank) = 0, fp32 or wider: nothing changes before the
-    first step. The weights are never written and the adapters go on the way out. Rank 0: does nothing.
-    """
-    if not rank:
-        yield
-        return
-    layers, trained, hooks = linears(model), [p for p in model.parameters() if p.requires_grad], []
-    rng = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
-    try:
-        model.requires_grad_(False)
-        for m in layers:
-            a = torch.randn(rank, m.in_features, generator=rng) / math.sqrt(m.in_features)
-            kind = {"device": m.weight.device, "dtype": accumulator(m.weight.dtype)}
-            m.lora_a = torch.nn.Parameter(a.to(**kind))
-            m.lora_b = torch.nn.Parameter(torch.zeros(m.out_features, rank, **kind))
-            hooks.append(m.register_forward_hook(lambda m, x, y: y + (                     # (B, T, out)
-                2 * x[0].to(m.lora_a.dtype) @ m.lora_a.T @ m.lora_b.T).to(y.dtype)))
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for m in layers:
-            m._parameters.pop("lora_a", None), m._parameters.pop("lora_b", None)
-        for p in trained:
-            p.requires_grad_(True)
+def edits(args):
+    """[(name, amount)] of the edits that were asked for."""
+    return [(name, amount) for name in EDITS for amount in getattr(args, name)]
 
 
-@torch.no_grad()
-def quantize_(weight, bits, group):
-    """Round to nearest, symmetric, in place: each `group` neighbours in a row of weight (out, in) become
-    scale * {-q, ..., q} with q = 2^(bits-1) - 1 and scale = max|w| / q. A row's last group may be shorter."""
-    for part in weight.split(group, dim=1):                                                     # (out, group)
-        wide = part.to(accumulator(part.dtype))
-        scale = wide.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)                            # (out, 1)
-        part.copy_(torch.where(scale > 0, (wide / scale).round() * scale, 0.0))
-
-
-@torch.no_grad()
-def prune_(weight, percent):
-    """Set the floor(percent/100 * size) smallest weights of a matrix to 0, in place (magnitude pruning)."""
-    size = int(percent / 100 * weight.numel())
-    weight.view(-1)[weight.abs().view(-1).topk(size, largest=False).indices] = 0
-
-
-def attack(model, tokenizer, rows, questions, args, objective=None):
-    """The "metrics" of relearn.json: all budgets lr x samples x epochs, each a mean over args.draws seeds.
-
-    rows: read_jsonl(forget.jsonl); questions: evaluate.load_questions(); objective: evaluate.forget_objective
-    with all but (kind, first) given, for args.geometry. Puts the weights back, bit for bit.
-    A seed fixes the sample list, the batches and the adapters; "se" is the standard error over seeds.
-    """
-    encoded, pad = encode_rows(tokenizer, rows, context_of(model), args.max_len), tokenizer.pad_token_id or 0
-    lists = [draw_samples(rows, max(args.samples), f"{args.seed} {draw}") for draw in range(args.draws)]
-    saved = [] if args.lora else [(p, p.detach().clone()) for p in model.parameters()]
+def try_edits(model, tokenizer, questions, args):
+    """The "metrics" of an attack without training: each edit alone, from the same weights."""
+    saved = [(p, p.detach().clone()) for p in model.parameters()]
     metrics = {"start": evaluate.ue_ut(model, tokenizer, questions), "budgets": []}
-    plan = [(lr, n, e) for lr in args.lr for n in sorted(args.samples) for e in sorted(args.epochs)]
-    bar, looks = tqdm(total=len(plan) * args.draws, desc="relearning", unit="run"), None
-    if args.geometry:
-        losses = {"own": objective("own", 0), "nll": objective("nll", 0)}
-        looks = aims(losses["own"], objective("own", 1), losses["nll"], [p for p, _ in saved], args.geometry)
     try:
-        for lr, count, epochs in plan:
-            draws, curves, moves = [], [], []
-            for draw, order in enumerate(lists):
-                picks, curve = order[:count], [{"step": 0, "UE": metrics["start"]["UE"]}]
-
-                def watch(step, steps):
-                    if args.curve_every and step % args.curve_every == 0 and step < steps:
-                        score = evaluate.ue_ut(model, tokenizer, questions, only_forget=True)
-                        curve.append({"step": step, "UE": score["UE"]})
-                with lora(model, args.lora, f"{args.seed} {draw} lora"):
-                    relearn(model, [encoded[i] for i in picks], pad, lr, args.batch_size, epochs,
-                            f"{args.seed} {draw} order", watch, args.optimizer)
-                    facts = {rows[i]["fact"] for i in picks if "fact" in rows[i]}
-                    draws.append(evaluate.ue_ut(model, tokenizer, questions, seen=facts))
-                    moves += [geometry(saved, looks, losses)] if looks else []
-                restore_(list(saved))
-                steps = epochs * math.ceil(count / args.batch_size)
-                curves.append(curve + [{"step": steps, "UE": draws[-1]["UE"]}])
-                bar.set_postfix(samples=count, UE=show(draws[-1]["UE"]))
-                bar.update()
-            known = [k for k, v in draws[0].items() if v is not None]
-            mean = {k: sum(d[k] for d in draws) / len(draws) if k in known else None for k in draws[0]}
-            budget = {"samples": count, "epochs": epochs, "lr": lr, **mean, "draws": draws,
-                      "se": {k: evaluate.mean_se([d[k] for d in draws])[1] for k in known}}
-            if args.curve_every:
-                budget["curves"] = curves                                   # one list of points a seed
-            if looks:
-                budget["geometry"] = moves                                  # one a seed
-            metrics["budgets"].append(budget)
+        for name, amount in edits(args):
+            EDITS[name](model, amount, args)
+            found = evaluate.ue_ut(model, tokenizer, questions)
+            metrics["budgets"].append({"samples": 0, "epochs": 0, "UE_heldout": None, name: amount, **found,
+                                       "draws": [found]})
+            sam.restore_(list(saved))
     finally:
-        restore_(saved)
-        bar.close()
-    return metrics | {"worst": worst_case(metrics, args.ut_drop)}
+        sam.restore_(saved)
+    return metrics
+
+
+# ---- attacks by fine-tuning ---------------------------------------------------------------------------
+
+class Attack:
+    """A model under attack: what every draw of every budget shares.
+
+    rows: read_jsonl(forget.jsonl); questions: evaluate.load_questions(); objective: a function (kind, first)
+    -> evaluate.forget_objective(), for args.geometry. A seed fixes the sample list, the batches and the
+    adapters.
+    """
+
+    def __init__(self, model, tokenizer, rows, questions, args, objective=None):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.rows = rows
+        self.questions = questions
+        self.args = args
+        self.pad = tokenizer.pad_token_id or 0
+        self.encoded = models.encode_rows(tokenizer, rows, models.context_of(model), args.max_len)
+        self.lists = [draw_samples(rows, max(args.samples), f"{args.seed} {d}") for d in range(args.draws)]
+        self.saved = []
+        if not args.lora:                        # adapters leave the weights as they are
+            self.saved = [(p, p.detach().clone()) for p in model.parameters()]
+        self.start = evaluate.ue_ut(model, tokenizer, questions)
+        self.goals = None
+        if args.geometry:
+            self.objectives = {"own": objective("own", 0), "nll": objective("nll", 0)}
+            params = [p for p, _ in self.saved]
+            self.goals = sam.kernel_file("geometry").aims(self.objectives["own"], objective("own", 1),
+                                                      self.objectives["nll"], params, args.geometry)
+
+    def draw(self, number, lr, count, epochs):
+        """One draw of a budget, and the weights back: (scores, curve of UE, geometry or None)."""
+        args = self.args
+        picks = self.lists[number][:count]
+        curve = [{"step": 0, "UE": self.start["UE"]}]
+
+        def watch(step, steps):
+            if args.curve_every and step % args.curve_every == 0 and step < steps:
+                now = evaluate.ue_ut(self.model, self.tokenizer, self.questions, only_forget=True)
+                curve.append({"step": step, "UE": now["UE"]})
+        with adapters.lora(self.model, args.lora, f"{args.seed} {number} lora"):
+            finetune(self.model, [self.encoded[i] for i in picks], self.pad, lr, args.batch_size, epochs,
+                     f"{args.seed} {number} order", watch, args.optimizer)
+            facts = {self.rows[i]["fact"] for i in picks if "fact" in self.rows[i]}
+            found = evaluate.ue_ut(self.model, self.tokenizer, self.questions, seen=facts)
+            moved = None
+            if self.goals:
+                moved = sam.kernel_file("geometry").displacement(self.saved, self.goals, self.objectives)
+        sam.restore_(list(self.saved))
+        curve.append({"step": epochs * math.ceil(count / args.batch_size), "UE": found["UE"]})
+        return found, curve, moved
+
+    def budget(self, lr, count, epochs, bar):
+        """One entry of "budgets": means over the draws, "se" their standard errors."""
+        found, curves, moves = [], [], []
+        for number in range(self.args.draws):
+            scored, curve, moved = self.draw(number, lr, count, epochs)
+            found.append(scored)
+            curves.append(curve)
+            moves.append(moved)
+            bar.set_postfix(samples=count, UE=tables.show(scored["UE"]))
+            bar.update()
+        mean = {}
+        error = {}
+        for key in found[0]:
+            values = [d[key] for d in found if d[key] is not None]
+            mean[key] = None                     # no draw has it, as UE_heldout where all facts were told
+            if values:
+                mean[key] = sum(values) / len(values)
+                error[key] = scores.mean_se(values)[1]
+        out = {"samples": count, "epochs": epochs, "lr": lr, **mean, "draws": found, "se": error}
+        if self.args.curve_every:
+            out["curves"] = curves                                   # one list of points a seed
+        if self.goals:
+            out["geometry"] = moves                                  # one a seed
+        return out
+
+    def run(self):
+        """The "metrics" of relearn.json: all budgets lr x samples x epochs. The weights come back, bit for
+        bit."""
+        args = self.args
+        plan = []
+        for lr in args.lr:
+            for count in sorted(args.samples):
+                plan += [(lr, count, epochs) for epochs in sorted(args.epochs)]
+        metrics = {"start": self.start, "budgets": []}
+        try:
+            with tqdm(total=len(plan) * args.draws, desc="relearning", unit="run") as bar:
+                for lr, count, epochs in plan:
+                    metrics["budgets"].append(self.budget(lr, count, epochs, bar))
+        finally:
+            sam.restore_(self.saved)
+        return metrics | {"worst": worst_case(metrics, args.ut_drop)}
 
 
 def worst_case(metrics, drop):
     """Of the budgets that differ only in lr the one with the lowest UE, which an attacker would choose, as
     long as UT stays within `drop` of the start: a ruined model is no success. No entry where none does."""
-    floor, worst = (metrics["start"]["UT"] or 0) - drop, {}
+    floor = (metrics["start"]["UT"] or 0) - drop
+    worst = {}
     for b in sorted(metrics["budgets"], key=lambda b: b["UE"] or 0):
-        if b["UT"] is None or b["UT"] >= floor:
-            worst.setdefault((b["samples"], b["epochs"]),
-                             {k: v for k, v in b.items() if k not in ("draws", "curves", "geometry")})
+        key = (b["samples"], b["epochs"])
+        if key not in worst and (b["UT"] is None or b["UT"] >= floor):
+            worst[key] = {k: v for k, v in b.items() if k not in ("draws", "curves", "geometry")}
     return [worst[key] for key in sorted(worst)]
 
 
-def compress(model, tokenizer, questions, args):
-    """The "metrics" of an attack without training: each --quantize and each --prune, alone, on linears()."""
-    weights = [m.weight for m in linears(model)]
-    saved, none = [(w, w.detach().clone()) for w in weights], {"samples": 0, "epochs": 0, "UE_heldout": None}
-    metrics = {"start": evaluate.ue_ut(model, tokenizer, questions), "budgets": []}
-    try:
-        for name, amount in [("quantize", b) for b in args.quantize] + [("prune", p) for p in args.prune]:
-            for w in weights:
-                quantize_(w, amount, args.group) if name == "quantize" else prune_(w, amount)
-            scores = evaluate.ue_ut(model, tokenizer, questions)
-            metrics["budgets"].append({**none, name: amount, **scores, "draws": [scores]})
-            restore_(list(saved))
-    finally:
-        restore_(saved)
-    return metrics
+# ---- one run under attack -----------------------------------------------------------------------------
+
+def attack(args, model=None, tokenizer=None):
+    """Attack args.run (its model is loaded unless given), write the JSON file and print the table."""
+    start = time.time()
+    questions = evaluate.load_questions(args.data)
+    whole = args.attack == "compress" or args.lora or args.geometry
+    if whole and processes.count() > 1:
+        raise InputError("--lora, --quantize, --prune and --geometry need whole weights: run without torchrun")
+    if args.attack != "compress":
+        path = args.attack_data
+        if path in ("forget", "retain"):
+            path = Path(args.data) / f"{path}.jsonl"
+        rows = formats.read_jsonl(path, formats.text_row)
+    if model is None:
+        model, tokenizer = models.load_model(args.run, args.device, getattr(torch, args.param_dtype))
+
+    def objective(kind, first):
+        return evaluate.forget_objective(kind, model, tokenizer, args.run, first=first, data=args.data)
+    if args.attack == "compress":
+        metrics = try_edits(model, tokenizer, questions, args)
+    else:
+        metrics = Attack(model, tokenizer, rows, questions, args, objective).run()
+    name = f"relearn_{args.attack}.json" if args.attack else "relearn.json"
+    formats.write_json(Path(args.run) / name, {"stage": "relearn", "args": vars(args),
+                                               **runs.provenance(args.device, start), "metrics": metrics})
+    print_budgets(metrics, len(args.lr) > 1)
+    print_geometry(metrics["budgets"])
+
+
+def print_budgets(metrics, worst):
+    """The table of an attack, with the worst case over --lr where asked for."""
+    begin = metrics["start"]
+    lines = [["relearned on", "lr", "UE", "UE held out", "UT"],
+             ["0 samples", "-", tables.show(begin["UE"]), "-", tables.show(begin["UT"])]]
+    budgets = [(b, "") for b in metrics["budgets"]]
+    if worst:
+        budgets += [(b, ", worst case") for b in metrics.get("worst", [])]
+    for b, note in budgets:
+        name = tables.budget_name(b)
+        if b["samples"]:
+            name = f"{b['samples']} samples" + (f" x {b['epochs']} epochs" if b["epochs"] > 1 else "") + note
+        line = [name, f"{b['lr']:g}" if "lr" in b else "-"]
+        for key in ("UE", "UE_heldout", "UT"):
+            line.append("-" if b[key] is None else tables.cell_text(b[key], b.get("se", {}).get(key)))
+        lines.append(line)
+    print(tables.table(lines))
+
+
+def print_geometry(budgets):
+    """The table of --geometry, where it ran: cosines, means over draws."""
+    lines = []
+    for b in budgets:
+        moves = b.get("geometry", [])
+        if moves:
+            names = list(moves[0]["cosine"])
+            means = [sum(move["cosine"][name] for move in moves) / len(moves) for name in names]
+            lines.append([tables.budget_name(b), f"{b['lr']:g}", *(f"{mean:+.3f}" for mean in means)])
+    if lines:
+        print("\ncosine of the attack's displacement with where sam.py would look from here")
+        print(tables.table([["samples", "lr", *names]] + lines))
+
+
+# ---- flags --------------------------------------------------------------------------------------------
+
+def flags():
+    """The command line, in groups."""
+    some = runs.number(int, 1)
+    rate = runs.number(float, 0, above=True)
+    p = runs.Parser(__doc__)
+    p.add_argument("run", help="folder of a model with a result.json")
+    g = p.add_argument_group("the attack")
+    g.add_argument("--samples", type=some, nargs="+", default=[20, 40, 60], help="forget samples of each budget")
+    g.add_argument("--epochs", type=some, nargs="+", default=[1], help="passes over them; every pair is a budget")
+    g.add_argument("--lr", type=rate, nargs="+", default=[2e-3], help="peak rate, linear to 0; 7B: 1e-5")
+    g.add_argument("--batch_size", type=some, default=4, help="samples a step; 7B: 4")
+    g.add_argument("--seeds", "--draws", dest="draws", type=some, default=2,
+                   help="sample lists and orders to average over")
+    g.add_argument("--seed", type=runs.number(int, 0), help="of the sample lists (default: the run's)")
+    g.add_argument("--curve_every", type=runs.number(int, 0), default=0,
+                   help="steps between UE on the curve, 0 = none")
+    g = p.add_argument_group("other attacks")
+    g.add_argument("--optimizer", choices=["adamw", "sgd"], default="adamw",
+                   help="sgd has momentum .9 and wants a far larger --lr, here .01 to .03")
+    g.add_argument("--attack_data", default="forget", metavar="{forget,retain,FILE.jsonl}",
+                   help="what to fine-tune on; UE_heldout takes a row's fact for that of DATA's questions")
+    g.add_argument("--lora", type=runs.number(int, 0), default=0, metavar="RANK",
+                   help="train adapters of this rank, 0 = all weights")
+    g.add_argument("--quantize", type=runs.number(int, 2), nargs="+", default=[], metavar="BITS",
+                   help="instead of training: round the weights, 8 and 4 are usual")
+    g.add_argument("--group", type=some, default=64, help="weights that share a scale; 64 or 128")
+    g.add_argument("--prune", type=runs.number(float, 0), nargs="+", default=[], metavar="PERCENT",
+                   help="instead of training: zero the smallest weights of every matrix")
+    g = p.add_argument_group("looking closer")
+    g.add_argument("--geometry", type=rate, nargs="?", const=1e-3, default=None, metavar="RHO",
+                   help="compare the attack's displacement with what sam.py would perturb along; RHO (1e-3) "
+                   "places momentum's gradient")
+    g.add_argument("--ut_drop", type=runs.number(float, 0), default=0.05,
+                   help="loss of UT that the worst case over --lr may cost")
+    g = p.add_argument_group("the model")
+    g.add_argument("--data", help="data folder (default: the run's)")
+    g.add_argument("--param_dtype", choices=["float32", "bfloat16"],
+                   help="of the attacked weights (default: the run's); in bfloat16 small steps are lost")
+    g.add_argument("--max_len", type=runs.number(int, 0), help="cut samples (default: the run's)")
+    runs.add_device(g)
+    return p
 
 
 def parse_args(argv=None):
-    """The flags; argv None = the command line. data and seed default to those of the run's result.json."""
-    p = make_parser(__doc__)
-    p.add_argument("run", help="folder of a model with a result.json")
-    p.add_argument("--samples", type=number(int, 1), nargs="+", default=[20, 40, 60],
-                   help="forget samples of each budget")
-    p.add_argument("--epochs", type=number(int, 1), nargs="+", default=[1],
-                   help="passes over them; every pair is a budget")
-    p.add_argument("--lr", type=number(float, 0, above=True), nargs="+", default=[2e-3],
-                   help="peak rate of AdamW, linear to 0; 7B: 1e-5")
-    p.add_argument("--optimizer", choices=["adamw", "sgd"], default="adamw",
-                   help="sgd has momentum .9 and wants a far larger --lr, here .01 to .03")
-    p.add_argument("--batch_size", type=number(int, 1), default=4, help="samples a step; 7B: 4")
-    p.add_argument("--seeds", "--draws", dest="draws", type=number(int, 1), default=2,
-                   help="sample lists and orders to average over")
-    p.add_argument("--curve_every", type=number(int, 0), default=0,
-                   help="steps between UE on the curve, 0 = none")
-    p.add_argument("--attack_data", default="forget", metavar="{forget,retain,FILE.jsonl}",
-                   help="what to fine-tune on; UE_heldout takes a row's fact for that of DATA's questions")
-    p.add_argument("--lora", type=number(int, 0), default=0, metavar="RANK",
-                   help="train adapters of this rank, 0 = all weights")
-    p.add_argument("--geometry", type=number(float, 0, above=True), nargs="?", const=1e-3, default=None,
-                   metavar="RHO", help="compare the attack's displacement with what sam would perturb along; "
-                   "RHO (1e-3) places momentum's gradient")
-    p.add_argument("--ut_drop", type=number(float, 0), default=0.05,
-                   help="loss of UT that the worst case over --lr may cost")
-    p.add_argument("--quantize", type=number(int, 2), nargs="+", default=[], metavar="BITS",
-                   help="instead of training: round the weights, 8 and 4 are usual")
-    p.add_argument("--group", type=number(int, 1), default=64, help="weights that share a scale; 64 or 128")
-    p.add_argument("--prune", type=number(float, 0), nargs="+", default=[], metavar="PERCENT",
-                   help="instead of training: zero the smallest weights of every matrix")
-    p.add_argument("--seed", type=number(int, 0), default=None,
-                   help="of the sample lists (default: the run's)")
-    p.add_argument("--data", default=None, help="data folder (default: the run's)")
-    p.add_argument("--param_dtype", choices=["float32", "bfloat16"], default=None,
-                   help="of the attacked weights (default: the run's); in bfloat16 small steps are lost")
-    p.add_argument("--max_len", type=number(int, 0), default=None, help="cut samples (default: the run's)")
+    """The flags, checked and completed from the run's result.json; argv None = the command line."""
+    p = flags()
     args = p.parse_args(argv)
-    if (args.quantize or args.prune) and (args.lora or args.attack_data != "forget" or args.geometry
-                                          or args.optimizer != "adamw"):
+    trained = args.lora or args.attack_data != "forget" or args.geometry or args.optimizer != "adamw"
+    if edits(args) and trained:
         p.error("--quantize and --prune train nothing: drop --lora, --attack_data, --optimizer and "
                 "--geometry, or attack in two calls")
     if args.geometry and args.lora:
         p.error("--geometry looks at the weights, which --lora leaves as they are: drop one")
-    if any(percent > 100 for percent in args.prune):
+    if max(args.prune, default=0) > 100:
         p.error(f"--prune {max(args.prune):g}: give a percentage, 0 to 100")
-    source = "" if args.attack_data == "forget" else Path(args.attack_data).stem
-    args.attack = "compress" if args.quantize or args.prune else "_".join(
-        filter(None, [source, f"lora{args.lora}" if args.lora else "", args.optimizer.replace("adamw", "")]))
-    ran = evaluate.load_result(args.run)["args"]
-    for name, fallback in (("data", None), ("seed", 0), ("max_len", 0)):
+    parts = []
+    if args.attack_data != "forget":
+        parts.append(Path(args.attack_data).stem)
+    if args.lora:
+        parts.append(f"lora{args.lora}")
+    if args.optimizer != "adamw":
+        parts.append(args.optimizer)
+    args.attack = "compress" if edits(args) else "_".join(parts)     # "" is fine-tuning on forget samples
+    ran = runs.load_result(args.run)["args"]
+    for name, fallback in (("data", None), ("seed", 0), ("max_len", 0), ("param_dtype", "float32")):
         if getattr(args, name) is None:
             setattr(args, name, ran.get(name, fallback))
     if args.data is None:
         raise InputError(f"{args.run} is a plain model and names no data: add --data FOLDER")
-    args.param_dtype = args.param_dtype or ran.get("param_dtype", "float32")
     if args.geometry and args.param_dtype != "float32":
         raise InputError(f"--geometry: {args.param_dtype} would round the attack's path; add --param_dtype "
                          "float32")
     return args
 
 
-def main(args, model=None, tokenizer=None):
-    """Attack args.run (its model is loaded unless given), write the JSON file and print the table."""
-    start, named = time.time(), args.attack_data in ("forget", "retain")
-    path = Path(args.data) / f"{args.attack_data}.jsonl" if named else args.attack_data
-    rows = None if args.attack == "compress" else read_jsonl(path, text_row)
-    questions = evaluate.load_questions(args.data)
-    if (args.lora or args.attack == "compress") and processes()[1] > 1:
-        raise InputError("--lora, --quantize and --prune need whole weights: run without torchrun")
-    if args.geometry and processes()[1] > 1:
-        raise InputError("--geometry needs whole weights: run without torchrun")
-    if model is None:
-        model, tokenizer = load_model(args.run, args.device, getattr(torch, args.param_dtype))
-    fixed = {"data": args.data, "teacher": None, "device": args.device, "sharpness_rows": 64}
-    objective = lambda kind, first: evaluate.forget_objective(
-        model, tokenizer, args.run, evaluate.load_result(args.run), Namespace(sharpness=kind, **fixed), first)
-    metrics = (attack(model, tokenizer, rows, questions, args, objective) if rows else
-               compress(model, tokenizer, questions, args))
-    write_json(Path(args.run) / f"relearn{'_' * bool(args.attack)}{args.attack}.json",
-               {"stage": "relearn", "args": vars(args), **provenance(args.device, start), "metrics": metrics})
-    lines = [["relearned on", "lr", "UE", "UE held out", "UT"],
-             ["0 samples", "-", show(metrics["start"]["UE"]), "-", show(metrics["start"]["UT"])]]
-    several = len(args.lr) > 1
-    for b in metrics["budgets"] + [b | {"worst": True} for b in metrics.get("worst", []) if several]:
-        name = evaluate.budget_name(b) if "lr" not in b else f"{b['samples']} samples" + (
-            f" x {b['epochs']} epochs" if b["epochs"] > 1 else "") + ", worst case" * ("worst" in b)
-        cells = [evaluate.cell(b[k], b.get("se", {}).get(k)) if b[k] is not None else "-"
-                 for k in ("UE", "UE_heldout", "UT")]
-        lines.append([name, f"{b['lr']:g}" if "lr" in b else "-", *cells])
-    print(evaluate.table(lines))
-    moved = [(b, [m["cosine"] for m in b["geometry"]]) for b in metrics["budgets"] if "geometry" in b]
-    mean = lambda cosines, key: f"{sum(c[key] for c in cosines) / len(cosines):+.3f}"
-    if moved:
-        print("\ncosine of the attack's displacement with where sam.SAM would look from here")
-        print(evaluate.table([["samples", "lr", *moved[0][1][0]]] + [
-            [evaluate.budget_name(b), f"{b['lr']:g}", *(mean(cs, k) for k in cs[0])] for b, cs in moved]))
-
-
 if __name__ == "__main__":
-    with one_line_errors():
+    with runs.one_line_errors():
         args = parse_args()
-        join_processes(args.device)
-        main(args)
+        processes.join(args.device)
+        attack(args)

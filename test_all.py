@@ -1,81 +1,116 @@
-"""Everything that must hold. Run `python test_all.py` (4 minutes on 2 idle cores; pytest collects it too).
+"""Everything that must hold.
+
+    python test_all.py                      # N tests, about N s on 2 idle cores; pytest collects it too
+    python test_all.py -k Smoothers         # what belongs to sam.py; the other classes are named in the banners
+    REAL_MODEL=FOLDER python test_all.py -k real          # and what takes a real model
 
 Each test compares with a definition that does not use the code under test: autograd with double backward, a
-closed form, a loop over single samples, a published table. Nothing is downloaded; the slow part at the end
-trains the built-in target once (cached in data/tiny/seed0) and runs the scripts as a user would.
+closed form, a loop over single samples, a published table. Nothing is downloaded. The slow part, class Scripts,
+trains the built-in target once (cached in data/tiny/seed0) and runs the scripts as a user would. A part imports
+only what it tests.
 """
-import argparse, contextlib, csv, fnmatch, functools, hashlib, importlib.util, io, itertools, json, math, os
-import random, re, runpy, shutil, subprocess, sys, tempfile, textwrap, time, unittest
+import contextlib
+import functools
+import importlib.util
+import io
+import itertools
+import json
+import math
+import os
+import random
+import runpy
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 os.environ["TQDM_DISABLE"] = "1"            # tqdm reads it at import; the scripts that tests start inherit it
-os.environ["TRITON_INTERPRET"] = "1"        # Triton reads it at import: kernels then run on CPU tensors
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from transformers import LlamaConfig, LlamaForCausalLM
-
-import evaluate, relearn, sam, unlearn
-
-try:
-    import triton
-    from triton.runtime.interpreter import GridExecutor
-    triton.knobs.runtime.interpret = True
-    mt, adamw = sam.kernel_file("multi_tensor"), sam.kernel_file("adamw")
-except ImportError:                         # no Triton for this platform: the tests of kernels/ are skipped
-    triton = None
-del os.environ["TRITON_INTERPRET"]          # or sam.py and unlearn.py would choose Triton by themselves
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))
 
 
-def module_at(path):
-    spec = importlib.util.spec_from_file_location("prepare", ROOT / path)
+def lazy(name):
+    """A module that is imported when one of its names is first used."""
+    spec = importlib.util.find_spec(name)
+    spec.loader = importlib.util.LazyLoader(spec.loader)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+import sam
+
+evaluate, relearn, unlearn = lazy("evaluate"), lazy("relearn"), lazy("unlearn")
+formats, models, losses = lazy("data.formats"), lazy("data.models"), lazy("data.losses")
+scores, tables, runs = lazy("data.scores"), lazy("data.tables"), lazy("data.runs")
+memory, adapters, finetune = lazy("data.memory"), lazy("data.adapters"), lazy("data.finetune")
+muse, tofu = lazy("data.muse.metrics"), lazy("data.tofu.metrics")
+
+
+@functools.cache
+def script_module(path):
+    """A script of the tree as a module, without running its main part."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-prepare, people = module_at("data/tiny/prepare.py"), module_at("data/people/prepare.py")
-TEXTS = [
-    "the cat sat on the mat", "a dog ran", "Question: who sat? Answer: the cat",
-    "one two three four five six seven", "A. B. C. D."
-]
+# ---- small models and texts ---------------------------------------------------------------------------
+
+TEXTS = ["the cat sat on the mat", "a dog ran", "Question: who sat? Answer: the cat",
+         "one two three four five six seven", "A. B. C. D."]
+PROMPT = "Question: {question} Answer:"
+QUESTIONS = [{"question": q, "choices": c, "answer": 1, "where": "here", "subject": "cat", "fact": i}
+             for i, (q, c) in enumerate((("who sat?", ["the cat", "a dog", "one two three", "mat"]),
+                                         ("the mat on one two who?", ["cat", "dog", "mat", "sat"]),
+                                         ("on?", ["one", "two", "three", "four"]),
+                                         ("who?", ["cat cat", "dog", "mat", "ran ran ran"])))]
 
 
-def words():
-    return prepare.build_tokenizer(TEXTS)
+def words(texts=TEXTS):
+    """The word-level tokenizer of data/tiny over the words of texts."""
+    return script_module("data/tiny/prepare.py").build_tokenizer(texts)
 
 
 def little_llama(dtype=torch.float64, seed=0, context=64, **more):
     """A random Llama of about 5,000 parameters over words()."""
+    from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(seed)
-    config = LlamaConfig(**{"vocab_size": len(words()), "hidden_size": 16, "num_hidden_layers": 3,
-                            "num_attention_heads": 2, "intermediate_size": 24,
-                            "max_position_embeddings": context,
-                            "initializer_range": 0.3, "tie_word_embeddings": False, **more})
-    return LlamaForCausalLM(config).to(dtype).eval()
+    config = {"vocab_size": len(words()), "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
+              "intermediate_size": 24, "max_position_embeddings": context, "initializer_range": 0.3,
+              "tie_word_embeddings": False}
+    return LlamaForCausalLM(LlamaConfig(**config | more)).to(dtype).eval()
 
 
-def run_here(name, *flags):
-    """Run a script inside this process (no import time); returns (exit status, stdout, stderr)."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with mock.patch.object(sys, "argv", [name, *map(str, flags)]), contextlib.redirect_stdout(out), \
-            contextlib.redirect_stderr(err):
-        try:
-            runpy.run_path(str(ROOT / name), run_name="__main__")
-        except SystemExit as e:
-            status = e.code
-    return status, out.getvalue(), err.getvalue()
+def text_samples(texts=TEXTS, tokenizer=None):
+    """The encoded samples of texts."""
+    rows = [{"text": text, "where": "here"} for text in texts]
+    return models.encode_rows(tokenizer or words(), rows, 64)
 
 
 def flat(tensors):
+    """One vector of all elements."""
     return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+
+def same(one, other):
+    """Are two lists of tensors equal bit for bit, NaNs included?"""
+    def raw(t):
+        return t.detach().flatten().view(torch.uint8)
+    return len(one) == len(other) and all(torch.equal(raw(a), raw(b)) for a, b in zip(one, other))
 
 
 class Network:
@@ -83,9 +118,12 @@ class Network:
 
     def __init__(self, seed=0, dtype=torch.float64):
         g = torch.Generator().manual_seed(seed)
-        rand = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+        def rand(*shape):
+            return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
         self.params = [torch.nn.Parameter(rand(*s)) for s in ((4, 3), (4,), (2, 4))]
-        self.x, self.y = rand(8, 3), rand(8, 2)
+        self.x = rand(8, 3)
+        self.y = rand(8, 2)
 
     def loss(self, params):
         w1, b1, w2 = params
@@ -100,423 +138,476 @@ class Network:
         at = self.params if at is None else at
         return torch.autograd.grad(self.loss(at), at, create_graph=graph)
 
+    def at(self, steps):
+        """Fresh leaves at theta + steps."""
+        return [(p + step).detach().requires_grad_() for p, step in zip(self.params, steps)]
+
     def moved(self, direction, radius):
         """Fresh leaves at theta + radius * direction / ||direction||."""
-        norm = math.sqrt(sum(d.square().sum().item() for d in direction))
-        return [(p + radius * d / norm).detach().requires_grad_() for p, d in zip(self.params, direction)]
+        norm = flat(direction).norm()
+        return self.at([radius * d / norm for d in direction])
 
-    def smoothed(self, smoother):
+    def smoothed(self, smoother, *more):
+        """The gradient that a smoother leaves."""
         for p in self.params:
             p.grad = None
-        smoother(self.closure)
+        smoother(self.closure, *more)
         return flat(p.grad for p in self.params)
 
 
-# ---- sam.py -----------------------------------------------------------------------------------------------
+# ---- files and scripts --------------------------------------------------------------------------------
 
-class TestSmoothers(unittest.TestCase):
-    def test_sam_is_the_gradient_at_theta_plus_rho_v(self):
-        net = Network()
-        want = flat(net.gradient(net.moved(net.gradient(), 0.3)))
-        got = net.smoothed(sam.SAM(net.params, 0.3))
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
-        self.assertGreater((want - flat(net.gradient())).norm(), 0.01)  # the radius is large enough to matter
+def write_rows(path, rows):
+    """Write rows as JSON lines, the folder with it; returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
-    def test_flipped_sam_is_the_gradient_at_theta_minus_rho_v(self):
-        net = Network()
-        want = flat(net.gradient(net.moved(net.gradient(), -0.3)))
-        torch.testing.assert_close(net.smoothed(sam.SAM(net.params, 0.3, flip=True)), want, rtol=1e-10,
-                                   atol=1e-12)
 
-    def test_sam_on_a_subset_moves_only_it_and_keeps_every_gradient(self):
-        net = Network()
-        g = net.gradient()
-        step = [g[0] * 0, g[1], g[2] * 0]
-        want = flat(net.gradient(net.moved(step, 0.3)))
-        got = net.smoothed(sam.SAM(net.params, 0.3, perturb=[net.params[1]]))
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+def read_json(path):
+    return json.loads(Path(path).read_text())
 
-    def test_linf_is_the_gradient_where_every_weight_has_moved_by_rho(self):
-        for flip in (False, True):
-            net, r = Network(), -0.05 if flip else 0.05
-            want = flat(net.gradient([(p + r * g.sign()).detach().requires_grad_()
-                                      for p, g in zip(net.params, net.gradient())]))
-            s = sam.SAM(net.params, 0.05, "linf", flip=flip)
-            torch.testing.assert_close(net.smoothed(s), want, rtol=1e-10, atol=1e-12)
-            size = math.sqrt(sum(p.numel() for p in net.params))
-            self.assertAlmostEqual(s.stats["norm"].item(), size)
-            self.assertAlmostEqual(s.stats["applied_norm"].item(), 0.05 * size)
-            self.assertAlmostEqual(s.stats["cosine"].item(), 1)         # with sign(g), not with g
 
-    def test_momentum_is_the_gradient_moved_along_the_one_before_while_the_weights_train(self):
-        for norm, flip in itertools.product(("l2", "linf"), (False, True)):
-            net, before, radius = Network(), None, -0.2 if flip else 0.2
-            s = sam.SAM(net.params, 0.2, norm, "momentum", flip=flip)
-            for step in range(4):
-                at = net.params
-                if step and norm == "l2":
-                    at = net.moved(before, radius)
-                elif step:
-                    at = [(p + radius * g.sign()).detach().requires_grad_() for p, g in zip(at, before)]
-                before = net.gradient(at)
-                torch.testing.assert_close(net.smoothed(s), flat(before), rtol=1e-10, atol=1e-12)
-                if step:
-                    self.assertGreater((flat(before) - flat(net.gradient())).norm(), 0.01)
-                with torch.no_grad():
-                    for p in net.params:
-                        p.grad.mul_(3.0)                 # the retain gradient comes on top: must not be kept
-                        p.sub_(0.1 * p.grad)
-            kept = {torch.int8} if norm == "linf" else {torch.float64}
-            self.assertEqual({d.dtype for d in s.kept.values()}, kept)
+def write_model(folder, model, tokenizer=None):
+    """A Hugging Face folder; returns it."""
+    model.save_pretrained(folder)
+    (tokenizer or words()).save_pretrained(folder)
+    return folder
 
-    def test_momentum_of_a_subset_keeps_and_moves_only_it(self):
-        net = Network()
-        s = sam.SAM(net.params, 0.2, "linf", "momentum", perturb=net.params[1:2])
-        g = net.gradient()
-        net.smoothed(s)
-        at = [net.params[0], (net.params[1] + 0.2 * g[1].sign()).detach().requires_grad_(), net.params[2]]
-        torch.testing.assert_close(net.smoothed(s), flat(net.gradient(at)), rtol=1e-10, atol=1e-12)
-        self.assertEqual([p is net.params[1] for p in s.kept], [True])
+
+def write_world(folder, model, tokenizer=None):
+    """A data folder with a model in it: rows and questions over words(). Returns the flags to run on it."""
+    folder = Path(folder)
+    write_model(folder / "model", model, tokenizer)
+    rows = [{"prompt": t, "completion": f" the cat {t}", "fact": i} for i, t in enumerate(TEXTS)]
+    asked = [{k: r[k] for k in ("question", "choices", "answer", "subject")} for r in QUESTIONS]
+    for part in ("forget", "retain"):
+        write_rows(folder / f"{part}.jsonl", rows)
+        write_rows(folder / f"mcq_{part}.jsonl", asked)
+    (folder / "meta.json").write_text(json.dumps({"prompt": PROMPT}))
+    return ["--model", folder / "model", "--data", folder, "--steps", 5, "--batch_size", 3, "--warmup", 0,
+            "--no-relearn"]
+
+
+def run_here(name, *flags):
+    """Run a script inside this process (no import time); returns (exit status, stdout, stderr)."""
+    out = io.StringIO()
+    err = io.StringIO()
+    status = 0
+    with mock.patch.object(sys, "argv", [name, *map(str, flags)]), contextlib.redirect_stdout(out), \
+            contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        except SystemExit as e:
+            status = e.code or 0
+    return status, out.getvalue(), err.getvalue()
+
+
+def in_python(code, *argv, **env):
+    """Run code in a process of its own, in the root of the tree; returns the CompletedProcess."""
+    return subprocess.run([sys.executable, "-c", code, *map(str, argv)], cwd=ROOT, capture_output=True,
+                          text=True, env=os.environ | env)
+
+
+class Folder(unittest.TestCase):
+    """A test with a temporary folder, self.tmp, and scripts that run in this process."""
+
+    def setUp(self):
+        self.tmp = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, self.tmp)
+
+    def run_script(self, name, *flags, says=None):
+        """Run a script of the tree; `says`: part of the one line of error that it must end with. Returns its
+        stdout, or that line."""
+        status, out, err = run_here(name, *flags)
+        if says is None:
+            self.assertEqual(status, 0, err)
+            return out
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        self.assertEqual((status, len(lines)), (2, 1), err)
+        self.assertIn(says, lines[0])
+        return lines[0]
+
+
+# ---- kernels/ by Triton's interpreter -----------------------------------------------------------------
+
+try:
+    os.environ["TRITON_INTERPRET"] = "1"    # Triton reads it at import: kernels then run on CPU tensors
+    import triton
+    from triton.runtime.interpreter import GridExecutor
+    triton.knobs.runtime.interpret = True
+    mt = sam.kernel_file("multi_tensor")
+    adamw = sam.kernel_file("adamw")
+except ImportError:                         # no Triton for this platform: the tests of kernels/ are skipped
+    triton = None
+del os.environ["TRITON_INTERPRET"]          # or sam.py and unlearn.py would choose Triton by themselves
+
+
+# ---- sam.py -------------------------------------------------------------------------------------------
+
+import gc
+
+exactly = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
+NORMS = ("l2", "linf")
+KINDS = list(itertools.product(NORMS, (False, True), (slice(3), slice(1, 2))))       # norm, flip, subset
+
+
+def v_times(radius, direction, norm):
+    """radius * v, with v = d/||d|| over all tensors of d together, or its signs; zeros stay zeros."""
+    if norm == "linf":
+        return [radius * d.sign() for d in direction]
+    size = flat(direction).norm().clamp(min=1e-300)
+    return [radius * d / size for d in direction]
+
+
+def only(part, tensors):
+    """tensors with zeros for those outside of the slice `part`."""
+    inside = range(len(tensors))[part]
+    return [t if i in inside else 0 * t for i, t in enumerate(tensors)]
+
+
+def every_smoother(params):
+    """Each smoother, one after the other, with a large radius; and how many passes it takes."""
+    yield sam.Plain(), 1
+    yield sam.SAM(params, 0.3), 2
+    yield sam.Momentum(params, 0.3), 1
+    yield sam.Momentum(params, 0.3, "linf"), 1
+    yield sam.Lookahead(params, 0.3, "linf", steps=3), 4
+    yield sam.Random(params, 0.3), 1
+    yield sam.RS(params, 0.3, samples=5), 5
+    yield sam.GP(params, 0.1, 0.3), 2
+    yield sam.CR(params, 0.1, 0.3), 4
+
+
+def call(smoother, closure):
+    """smoother(closure), which is the attacker's loss as well where there is one."""
+    more = [closure] if isinstance(smoother, sam.Lookahead) else []
+    return smoother(closure, *more)
+
+
+class Smoothers(unittest.TestCase):
+    def test_sam_is_the_gradient_at_theta_plus_rho_v_and_says_how_far_it_went(self):
+        for norm, flip, part in KINDS:
+            net = Network()
+            direction = only(part, net.gradient())
+            step = v_times(-0.1 if flip else 0.1, direction, norm)
+            want = flat(net.gradient(net.at(step)))
+            smoother = sam.SAM(net.params, 0.1, norm, perturb=net.params[part], flip=flip)
+            exactly(net.smoothed(smoother), want)
+            self.assertGreater((want - flat(net.gradient())).norm(), 0.005)    # the radius matters
+            size = flat(step).norm().item()
+            length = flat(direction).norm().item() if norm == "l2" else size / 0.1
+            want = {"norm": length, "asked_norm": size, "applied_norm": size, "cosine": 1}
+            for name, value in smoother.stats.items():
+                self.assertAlmostEqual(value.item(), want.pop(name), msg=name)
+            self.assertEqual(want, {})
+
+    def test_momentum_moves_along_the_gradient_before_while_the_weights_train(self):
+        for norm, flip, part in KINDS:
+            net = Network()
+            before = [torch.zeros_like(p) for p in net.params]
+            kept = {}
+            for _ in range(2):                           # the second goes on where the first broke off
+                smoother = sam.Momentum(net.params, 0.2, norm, perturb=net.params[part], flip=flip)
+                smoother.kept = kept
+                for _ in range(2):
+                    want = net.gradient(net.at(v_times(-0.2 if flip else 0.2, before, norm)))
+                    exactly(net.smoothed(smoother), flat(want))
+                    before = only(part, want)
+                    with torch.no_grad():
+                        for p in net.params:
+                            p.grad.add_(p)               # the retain gradient on top: must not be kept
+                            p.sub_(0.1 * p.grad)
+                kept = smoother.kept
+            self.assertEqual([id(p) for p in kept], [id(p) for p in net.params[part]])
+            self.assertEqual({d.dtype for d in kept.values()},
+                             {torch.int8 if norm == "linf" else torch.float64})
 
     def test_lookahead_is_the_gradient_after_steps_down_the_attackers_loss(self):
-        for norm, steps, flip in itertools.product(("l2", "linf"), (1, 3), (False, True)):
-            net, other = Network(), Network(7)                        # the attacker has data of its own
-            s = sam.SAM(net.params, 0.3, norm, "lookahead", lookahead_steps=steps, flip=flip)
+        for norm, flip, steps in itertools.product(NORMS, (False, True), (1, 3)):
+            net = Network()
+            other = Network(7)                           # the attacker has data of its own
+            at = net.params
+            for _ in range(steps):
+                move = v_times((0.3 if flip else -0.3) / steps, other.gradient(at), norm)
+                at = [(p + m).detach().requires_grad_() for p, m in zip(at, move)]
+            want = flat(net.gradient(at))
 
             def attack():
-                loss = other.loss(net.params)
-                loss.backward()
-            at, r = net.params, 0.3 / steps * (1 if flip else -1)
-            for _ in range(steps):
-                g = other.gradient(at)
-                size = flat(g).norm()
-                at = [(p + r * (d.sign() if norm == "linf" else d / size)).detach().requires_grad_()
-                      for p, d in zip(at, g)]
-            want, before = flat(net.gradient(at)), flat(net.params).clone()
-            got = net.smoothed(lambda closure: s(closure, attack))
-            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
-            self.assertTrue(torch.equal(flat(net.params), before))
+                other.loss(net.params).backward()
+            smoother = sam.Lookahead(net.params, 0.3, norm, flip=flip, steps=steps)
+            exactly(net.smoothed(smoother, attack), want)
             self.assertGreater((want - flat(net.gradient())).norm(), 0.01)
-        self.assertRaisesRegex(ValueError, "attacker's loss", s, net.closure)
+            size = flat(move).norm().item()                                    # of the last step
+            self.assertAlmostEqual(smoother.stats["asked_norm"].item(), size)
 
-    def test_random_directions_have_the_size_follow_the_seed_and_differ_between_steps(self):
-        for norm in ("l2", "linf"):
-            net, moves = Network(), []
-            before = flat(net.params).clone()
-            for seed in (4, 4, 5):
-                s = sam.SAM(net.params, 0.3, norm, "random", seed=seed)
-                for _ in range(2):
-                    def closure():
-                        moves.append(flat(net.params) - before)
-                        return net.closure()
-                    s(closure)
-            for move in moves:
-                size = move.abs() if norm == "linf" else move.norm()
-                torch.testing.assert_close(size, torch.full_like(size, 0.3))
-            self.assertTrue(torch.equal(moves[0], moves[2]) and torch.equal(moves[1], moves[3]))
-            self.assertEqual(len({tuple(m.tolist()) for m in moves}), 4)
-
-    def test_gp_converges_to_the_exact_double_backward_gradient(self):
-        net, lam = Network(), 0.7
-        g = net.gradient(graph=True)
-        norm = torch.cat([x.reshape(-1) for x in g]).norm()
-        want = flat(torch.autograd.grad(net.loss(net.params) + lam * norm, net.params))
-        errors = [(net.smoothed(sam.GP(net.params, lam, r)) - want).norm().item() for r in (1e-3, 1e-4, 1e-5)]
-        self.assertLess(errors[2], 1e-4)
-        self.assertAlmostEqual(errors[0] / errors[1], 10, delta=1)          # first order in the radius
-        self.assertGreater((want - flat(net.gradient())).norm(), 0.01)
-
-    def test_gp_with_lambda_equal_to_the_radius_is_sam_bit_for_bit(self):
+    def test_gp_and_cr_converge_to_the_exact_gradients_of_their_penalties(self):
         net = Network()
-        self.assertTrue(
-            torch.equal(net.smoothed(sam.GP(net.params, 0.2, 0.2)), net.smoothed(sam.SAM(net.params, 0.2))))
-
-    def test_cr_converges_to_the_exact_gradient_of_its_penalty(self):
-        net, lam, mu = Network(), 0.7, 0.2
-        norm = flat(net.gradient()).norm()
-        v = [g / norm for g in net.gradient()]                              # held fixed, as in CURE
-        there = net.gradient([p + mu * u for p, u in zip(net.params, v)], graph=True)
+        step = v_times(0.2, net.gradient(), "l2")                              # held fixed, as in CURE
         here = net.gradient(graph=True)
-        d = torch.cat([(a - b).reshape(-1) for a, b in zip(there, here)]).norm()
-        want = flat(torch.autograd.grad(net.loss(net.params) + lam * d, net.params))
-        errors = [(net.smoothed(sam.CR(net.params, lam, mu, r)) - want).norm().item()
-                  for r in (1e-3, 1e-4, 1e-5)]
-        self.assertLess(errors[2], 1e-4)
-        self.assertAlmostEqual(errors[0] / errors[1], 10, delta=1)
-        self.assertGreater((want - flat(net.gradient())).norm(), 0.01)
+        there = net.gradient([p + s for p, s in zip(net.params, step)], graph=True)
+        wanted = []
+        for vectors in (here, [b - a for a, b in zip(here, there)]):
+            penalty = torch.cat([v.flatten() for v in vectors]).norm()
+            total = net.loss(net.params) + 0.7 * penalty
+            wanted.append(flat(torch.autograd.grad(total, net.params, retain_graph=True)))
+        gp = functools.partial(sam.GP, net.params, 0.7)
+        cr = functools.partial(sam.CR, net.params, 0.7, 0.2)
+        for make, want in zip((gp, cr), wanted):
+            errors = [(net.smoothed(make(radius)) - want).norm().item() for radius in (1e-3, 1e-4, 1e-5)]
+            self.assertLess(errors[2], 1e-4)
+            self.assertAlmostEqual(errors[0] / errors[1], 10, delta=1)        # first order in the radius
+            self.assertGreater((want - flat(net.gradient())).norm(), 0.01)
 
-    def test_closed_forms_on_a_quadratic(self):
+    def test_closed_forms_and_losses_on_a_quadratic(self):
         torch.manual_seed(0)
-        a = torch.randn(6, 6, dtype=torch.float64)
-        a, p = a @ a.T * 1e3, torch.nn.Parameter(torch.randn(6, dtype=torch.float64))
-        g = a @ p.detach()
+        root = torch.randn(6, 6, dtype=torch.float64)
+        a = 1e3 * root @ root.T
+        p = torch.nn.Parameter(torch.randn(6, dtype=torch.float64))
+        theta = p.detach().clone()
+        g = a @ theta
         v = g / g.norm()
 
         def closure():
             loss = 0.5 * p @ a @ p
             loss.backward()
             return loss.detach()
-        draws, rs = [], sam.RS([p], 0.1, samples=4, seed=5)
-        for k in range(4):                                                 # the noise of every draw, on zeros
-            z = torch.zeros(6, dtype=torch.float64)
-            sam.noise_([z], 0.1, 5 * 1_000_003 + k)
-            draws.append(z)
-        for smoother, want in ((sam.SAM([p], 0.3), g + 0.3 * a @ v),
-                               (sam.GP([p], 0.5, 0.01), g + 0.5 * a @ v),
-                               (sam.CR([p], 0.5, 0.01), g),
-                               (rs, a @ (p.detach() + sum(draws) / 4)),
-                               (sam.plain, g)):
+        noise = torch.zeros(8, 6, dtype=torch.float64)                         # of draws 0 to 7
+        for draw, z in enumerate(noise):
+            sam.noise_([z], 1.0, sam.draw_seed(5, draw))
+        noisy = theta + 0.1 * noise
+        units = 0.3 * noise / noise.norm(dim=1, keepdim=True)
+        here = theta[None]
+        momentum = sam.Momentum([p], 0.3)
+        noised = sam.Random([p], 0.3, seed=5)
+        rs = sam.RS([p], 0.1, samples=4, seed=5)
+        cases = [(sam.Plain(), g, here),
+                 (sam.SAM([p], 0.3), g + 0.3 * a @ v, here),
+                 (sam.GP([p], 0.3, 0.3), g + 0.3 * a @ v, here),               # which is SAM
+                 (sam.GP([p], 0.5, 0.01), g + 0.5 * a @ v, here),
+                 (sam.CR([p], 0.5, 0.01), g, here),
+                 (momentum, g, here),
+                 (momentum, g + 0.3 * a @ v, here + 0.3 * v),
+                 (noised, a @ (theta + units[1]), here + units[1]),
+                 (noised, a @ (theta + units[2]), here + units[2]),
+                 (rs, a @ noisy[:4].mean(0), noisy[:4]),
+                 (rs, a @ noisy[4:].mean(0), noisy[4:])]
+        for smoother, gradient, points in cases:         # what it returns is the mean loss at points
             p.grad = None
             loss = smoother(closure)
-            torch.testing.assert_close(p.grad, want, rtol=1e-8, atol=1e-8 * g.norm().item())
-            if smoother is not rs:
-                self.assertAlmostEqual(loss.item(), (0.5 * p @ a @ p).item())
+            torch.testing.assert_close(p.grad, gradient, rtol=1e-8, atol=1e-8 * g.norm().item())
+            exactly(loss, (0.5 * points @ a * points).sum(1).mean())
+        for smoother, _, _ in cases[1:5]:
+            exactly(smoother.stats["norm"], g.norm())
+        self.assertEqual((noised.draws, rs.draws), (2, 8))                     # what a run has to save
 
-    def test_number_of_passes_is_the_documented_one(self):
-        net = Network()
-        variant = lambda how: sam.SAM(net.params, direction=how, lookahead_steps=3)
-        for smoother, passes in ((sam.plain, 1), (sam.SAM(net.params), 2), (sam.RS(net.params, samples=5), 5),
-                                 (sam.GP(net.params), 2), (sam.CR(net.params), 4), (variant("momentum"), 1),
-                                 (variant("random"), 1), (variant("lookahead"), 4)):
-            calls = []
-            count = lambda: (calls.append(1), net.closure())[1]
-            more = [count] if getattr(smoother, "direction", "") == "lookahead" else []
-            net.smoothed(lambda _: smoother(count, *more))
-            self.assertEqual(len(calls), passes)
+    def test_passes_and_copies_are_the_documented_ones(self):
+        p = torch.nn.Parameter(torch.zeros(1234))
+        seen = []                                        # bytes put aside, at each pass
 
-    def test_every_smoother_restores_bit_for_bit_even_when_the_loss_raises(self):
-        def lookahead(params):
-            s = sam.SAM(params, 0.3, "linf", "lookahead", lookahead_steps=2)
-            return lambda closure: s(closure, closure)
+        def closure():
+            found = {}
+            for t in gc.get_objects():
+                if type(t) is torch.Tensor and t.numel() == p.numel() and t.data_ptr() != p.data_ptr():
+                    found[t.data_ptr()] = t.nbytes
+            seen.append(sum(found.values()))
+            loss = (p - 1).square().sum()
+            loss.backward()
+            return loss.detach()
+        gc.freeze()                                      # look at new objects only, which is fast
+        self.addCleanup(gc.unfreeze)
+        for smoother, passes in every_smoother([p]):
+            for _ in range(2):                           # momentum has nothing to keep before the first
+                p.grad = None
+                seen.clear()
+                call(smoother, closure)
+            self.assertEqual(len(seen), passes, smoother)
+            self.assertEqual(max(seen), smoother.copies * p.nbytes, smoother)
 
-        def momentum(params):
-            s = sam.SAM(params, 0.3, "linf", "momentum")
-            return lambda closure: [s(closure) for _ in range(3)]
-        for make in (lambda p: sam.SAM(p, 0.3), lambda p: sam.RS(p, 0.3, 3), lambda p: sam.GP(p, 0.1, 0.3),
-                     lambda p: sam.CR(p, 0.1, 0.3), lookahead, momentum,
-                     lambda p: sam.SAM(p, 0.3, direction="random")):
-            for failing, error in itertools.product((0, 1, 2, 3, 9), (KeyboardInterrupt, RuntimeError)):
-                net, calls = Network(), itertools.count()
-                before = [p.detach().clone() for p in net.params]
-                smoother = make(net.params)
+    def test_every_smoother_restores_bit_for_bit_in_any_dtype_even_when_the_loss_raises(self):
+        dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+        for dtype, failing in itertools.product(dtypes, (0, 1, 2, 3, 4, 99)):
+            net = Network(dtype=dtype)
+            before = [p.detach().clone() for p in net.params]
+            for smoother, _ in every_smoother(net.params):
+                calls = itertools.count()
 
                 def closure():
                     if next(calls) == failing:
-                        raise error("in the middle")
+                        raise KeyboardInterrupt
                     return net.closure()
-                with contextlib.suppress(error):
-                    smoother(closure)
-                self.assertTrue(all(torch.equal(a, b) for a, b in zip(before, net.params)),
-                                (smoother, failing))
-
-    def test_restore_is_bitwise_for_every_dtype_where_subtracting_is_not(self):
-        lossy = 0
-        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-            torch.manual_seed(1)
-            p = torch.nn.Parameter((torch.randn(4097) * 3).to(dtype))
-            p.grad, before = torch.randn(4097).to(dtype), p.detach().clone()
-            g = p.grad.clone()
-            with sam.SAM([p], 2.0).perturbed() as s:
-                self.assertFalse(torch.equal(p, before))
-                lossy += not torch.equal((p - 2.0 * g / s.stats["norm"].to(dtype)).detach(), before)
-            self.assertTrue(torch.equal(p, before))
-        self.assertGreater(lossy, 0)
+                with contextlib.suppress(KeyboardInterrupt):
+                    for _ in range(3):
+                        call(smoother, closure)
+                self.assertTrue(same(before, net.params), (smoother, dtype, failing))
 
     def test_an_ascent_that_breaks_half_way_is_undone(self):
-        a, b = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
-        a.grad = b.grad = torch.ones(3)
-        copy, count = torch.Tensor.copy_, itertools.count()
+        params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+        broken = {params[0]: torch.ones(3), params[1]: None}   # with linf the first moves, then it fails
+        smoother = sam.SAM(params, 1.0, "linf")
+        self.assertRaises(AttributeError, smoother.ascent, broken)
+        self.assertFalse(same(params, [torch.ones(3)] * 2))
+        smoother.restore()
+        self.assertTrue(same(params, [torch.ones(3)] * 2))
+        with self.assertRaises(AttributeError), smoother.perturbed(broken):
+            self.fail("the body must not run")
+        self.assertTrue(same(params, [torch.ones(3)] * 2))
 
-        def copy_twice(to, source):                                    # a is saved, a is moved, then it fails
-            if next(count) == 2:
-                self.assertFalse(torch.equal(a, torch.ones(3)))
-                raise MemoryError
-            return copy(to, source)
-        with mock.patch.object(torch.Tensor, "copy_", copy_twice):
-            with self.assertRaises(MemoryError), sam.SAM([a, b], 1.0).perturbed():
-                self.fail("the body must not run")
-        self.assertTrue(torch.equal(a, torch.ones(3)) and torch.equal(b, torch.ones(3)))
-
-    def test_applied_norm_and_cosine_are_those_of_the_rounded_step(self):
-        for dtype, rho in ((torch.float32, 0.01), (torch.bfloat16, 0.01), (torch.bfloat16, 1.0)):
+    def test_stats_are_those_of_the_rounded_step_and_a_swallowed_one_is_warned_of(self):
+        for dtype, rho in ((torch.float32, 0.01), (torch.bfloat16, 0.01), (torch.bfloat16, 10.0)):
             torch.manual_seed(2)
-            params = [torch.nn.Parameter((torch.randn(s) * 0.05).to(dtype)) for s in ((300, 20), (77,))]
-            for p in params:
-                p.grad = torch.randn(p.shape).to(dtype)
-            before, g = flat(params).double(), flat(p.grad for p in params).double()
-            with sam.SAM(params, rho).perturbed() as s:
+            params = []
+            for shape in ((300, 1000), (77,), ()):       # the first is moved in several pieces
+                params.append(torch.nn.Parameter((torch.randn(shape) * 0.05).to(dtype)))
+                params[-1].grad = torch.randn(shape).to(dtype)
+            before = flat(params).double()
+            g = flat(p.grad for p in params).double()
+            with sam.SAM(params, rho).perturbed() as smoother:
                 step = flat(params).double() - before
-            self.assertAlmostEqual(s.stats["applied_norm"].item(), step.norm().item(), places=5)
-            self.assertAlmostEqual(s.stats["cosine"].item(), (step @ g / step.norm() / g.norm()).item(),
-                                   places=4)
-            self.assertAlmostEqual(s.stats["norm"].item(), g.norm().item(), delta=1e-4 * g.norm().item())
-            if dtype == torch.float32:
-                self.assertAlmostEqual(step.norm().item(), rho, places=6)
+            want = {"norm": g.norm(), "asked_norm": rho, "applied_norm": step.norm(),
+                    "cosine": step @ g / step.norm() / g.norm()}
+            for name, value in want.items():
+                self.assertAlmostEqual(smoother.stats[name].item() / float(value), 1, places=4, msg=name)
+            swallowed = rho == 0.01 and dtype == torch.bfloat16
+            self.assertEqual(want["cosine"].item() < 0.9, swallowed)
+            if not swallowed:
+                self.assertAlmostEqual(step.norm().item() / rho, 1, places=3)
+            warning = unlearn.precision_warning(smoother.stats, "bfloat16")
+            self.assertEqual("in bfloat16 a perturbation of norm 0.01 " in str(warning), swallowed)
 
-    def test_bf16_swallows_a_small_perturbation_and_says_so(self):
-        torch.manual_seed(3)
-        p = torch.nn.Parameter((torch.randn(100_000) * 0.05).bfloat16())
-        p.grad = torch.randn(100_000).bfloat16()
-        with sam.SAM([p], 0.01).perturbed() as s:
-            pass
-        self.assertLess(s.stats["cosine"], 0.9)
-        line = unlearn.precision_warning(s.stats["applied_norm"].item(), s.stats["cosine"].item(), 0.01,
-                                         "bfloat16")
-        self.assertIn("bfloat16", line)
-        self.assertIsNone(unlearn.precision_warning(0.01, 0.9999, 0.01, "float32"))
-
-    def test_the_saved_weights_take_the_memory_of_the_gradient(self):
-        p = torch.nn.Parameter(torch.randn(50))
-        p.grad = torch.randn(50)
-        address, old = p.grad.data_ptr(), p.detach().clone()
-        s = sam.SAM([p], 0.1)
-        s.ascent()
-        self.assertEqual(s.saved[0][1].data_ptr(), address)
-        self.assertTrue(torch.equal(s.saved[0][1], old))
-        self.assertIsNone(p.grad)
-        s.restore()
-
-    def test_zero_and_non_finite_gradients_leave_the_weights_alone(self):
-        for bad in (0.0, math.nan, math.inf):
-            p, q = (torch.nn.Parameter(torch.randn(5)) for _ in range(2))
-            p.grad, q.grad = torch.full((5,), bad), torch.zeros(5)
-            before = p.detach().clone()
-            with sam.SAM([p, q], 0.1).perturbed() as s:
-                self.assertTrue(torch.equal(p, before))
-            self.assertEqual((s.stats["applied_norm"], s.stats["cosine"]), (0, 0))
+    def test_zero_and_non_finite_directions_leave_the_weights_alone_and_are_told(self):
+        p = torch.nn.Parameter(torch.ones(5))
+        for norm, gradient, want in (("l2", [0.0, 0, 0, 0, 0], [1.0, 1, 1, 1, 1]),
+                                     ("l2", [math.nan, 1, 1, 1, 1], [1.0, 1, 1, 1, 1]),
+                                     ("l2", [math.inf, 1, 1, 1, 1], [1.0, 1, 1, 1, 1]),
+                                     ("linf", [1, math.nan, -2, math.inf, 0], [1.5, 1, 0.5, 1, 1])):
+            p.grad = torch.tensor(gradient)
+            with sam.SAM([p], 0.5, norm).perturbed() as smoother:
+                self.assertEqual(p.tolist(), want)
+            self.assertEqual(smoother.stats["norm"].isfinite(), gradient == [0] * 5)
+            self.assertAlmostEqual(smoother.stats["applied_norm"].item(), math.dist(want, [1] * 5), 6)
+            self.assertEqual(smoother.stats["cosine"], 0)
 
     def test_frozen_tied_and_gradientless_parameters_and_mixed_dtypes(self):
-        a, frozen = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3), requires_grad=False)
-        b, none = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16)), torch.nn.Parameter(torch.ones(2))
-        empty = torch.nn.Parameter(torch.ones(0))
-        s = sam.SAM([a, frozen, b, a, none, empty], 5.0)                    # a is tied: it must move once
-        self.assertEqual(len(s.params), 4)
-        a.grad, b.grad, empty.grad = torch.full((3,), 2.0), torch.full((2,), 3.0).bfloat16(), torch.ones(0)
+        a, frozen, none, empty = map(torch.nn.Parameter, torch.ones(8).split([3, 3, 2, 0]))
+        frozen.requires_grad_(False)
+        b = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+        params = [a, frozen, b, a, none, empty]                            # a is tied: it must move once
+        before = [p.detach().clone() for p in params]
+        a.grad = torch.full((3,), 2.0)
+        b.grad = torch.full((2,), 3.0).bfloat16()
+        empty.grad = torch.ones(0)
+        address = a.grad.data_ptr()
         norm = math.sqrt(3 * 4 + 2 * 9)
-        with s.perturbed():
+        with sam.SAM(params, 5.0).perturbed() as smoother:
+            self.assertEqual(len(smoother.params), 4)
+            self.assertEqual(smoother.saved[0][1].data_ptr(), address)        # the gradient's own memory
             torch.testing.assert_close(a.detach(), torch.full((3,), 1 + 5 * 2 / norm))
             torch.testing.assert_close(b.detach(), torch.full((2,), 1 + 5 * 3 / norm).bfloat16())
-            self.assertTrue(torch.equal(none, torch.ones(2)) and torch.equal(frozen, torch.ones(3)))
-            none.grad = torch.ones(2)                                       # first gradient None, second not
-        self.assertTrue(torch.equal(a, torch.ones(3)) and torch.equal(b, torch.ones(2).bfloat16()))
-        self.assertIsNone(a.grad)                                    # second None: back in place all the same
+            self.assertTrue(same([frozen, none], [torch.ones(3), torch.ones(2)]))
+            none.grad = torch.ones(2)                                          # in the second pass only
+        self.assertTrue(same(params, before))
+        self.assertIsNone(a.grad)
         self.assertTrue(torch.equal(none.grad, torch.ones(2)))
 
-    def test_tied_embeddings_of_a_real_architecture(self):
-        model = little_llama(tie_word_embeddings=True)
-        before = [p.detach().clone() for p in model.parameters()]
-        batch = evaluate.collate([([1, 2, 3, 4], [1, 2, 3, 4])], 0)
-
-        def closure():
-            loss = -unlearn.sample_logps(model, batch).mean()
-            loss.backward()
-            return loss.detach()
-        s = sam.SAM(itertools.chain(model.parameters(), [model.lm_head.weight]), 0.1)
-        s(closure)
-        self.assertAlmostEqual(s.stats["applied_norm"].item(), 0.1, places=9)
-        self.assertTrue(all(torch.equal(a, b) for a, b in zip(before, model.parameters())))
-
-    def test_bad_radii_and_double_ascent_are_errors(self):
+    def test_bad_radii_are_errors(self):
         p = torch.nn.Parameter(torch.ones(2))
-        for make in (lambda: sam.SAM([p], -0.1), lambda: sam.SAM([p], math.nan), lambda: sam.RS([p], -1.0),
-                     lambda: sam.RS([p], 1.0, 0), lambda: sam.GP([p], 1.0, 0.0), lambda: sam.CR([p], -1.0),
-                     lambda: sam.CR([p], 1.0, 0.0), lambda: sam.SAM([p], 0.1, "l1"),
-                     lambda: sam.SAM([p], 0.1, direction="sideways"),
-                     lambda: sam.SAM([p], 0.1, lookahead_steps=0)):
-            self.assertRaises(ValueError, make)
-        s = sam.SAM([p], 0.1)
-        p.grad = torch.ones(2)
-        s.ascent()
-        self.assertRaises(RuntimeError, s.ascent)
-        self.assertRaises(RuntimeError, s, lambda: self.fail("the closure must not run"))
-        s.restore()
-        for direction in ("momentum", "lookahead", "random"):               # do not follow p.grad: say so
-            self.assertRaisesRegex(RuntimeError, "call it", sam.SAM([p], 0.1, direction=direction).ascent)
-        self.assertTrue(torch.equal(p, torch.ones(2)))
+        for make, *flags in ((sam.SAM, -0.1), (sam.SAM, math.nan), (sam.SAM, 0.1, "l1"),
+                             (sam.RS, -1.0), (sam.RS, 1.0, 0), (sam.GP, -1.0), (sam.GP, 1.0, 0.0),
+                             (sam.CR, -1.0), (sam.CR, 1.0, 0.0), (sam.CR, 1.0, 0.1, 0.0)):
+            self.assertRaises(ValueError, make, [p], *flags)
+        self.assertRaises(ValueError, sam.Lookahead, [p], steps=0)
+
+    def test_perturbing_twice_is_an_error_that_leaves_the_first_as_it_is(self):
+        p = torch.nn.Parameter(torch.ones(2))
+        for kind in (sam.SAM, sam.Momentum, sam.Lookahead, sam.Random):
+            p.grad = torch.ones(2)
+            smoother = kind([p], 0.1)
+            with smoother.perturbed():
+                there = p.detach().clone()
+                self.assertRaises(RuntimeError, smoother.ascent)
+                self.assertRaises(RuntimeError, call, smoother, self.fail)     # the closure must not run
+                self.assertRaises(RuntimeError, smoother.perturbed().__enter__)
+                self.assertTrue(torch.equal(p, there))
+            self.assertTrue(torch.equal(p, torch.ones(2)))
 
     def test_noise_is_standard_normal_times_sigma_and_follows_the_seed(self):
-        a, b, c = (torch.zeros(200_000) for _ in range(3))
-        sam.noise_([a], 0.5, 1), sam.noise_([b], 0.5, 1), sam.noise_([c], 0.5, 2)
-        self.assertTrue(torch.equal(a, b))
-        self.assertFalse(torch.equal(a, c))
-        self.assertAlmostEqual(a.std().item(), 0.5, delta=0.005)            # 6 standard errors
+        a, b, c = torch.zeros(3, 200_000)
+        b += 1
+        for tensor, seed in ((a, 1), (b, 1), (c, 2)):
+            sam.noise_([tensor], 0.5, seed)
+        torch.testing.assert_close(b, a + 1)
+        self.assertAlmostEqual(a.std().item(), 0.5, delta=0.005)               # 6 standard errors
         self.assertAlmostEqual(a.mean().item(), 0.0, delta=0.007)
         self.assertAlmostEqual((a * c).mean().item(), 0.0, delta=0.004)
 
-    def test_rs_draws_differ_between_draws_and_steps(self):
-        p, seen = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64)), []
-        rs = sam.RS([p], 1.0, 3)
-
-        def closure():
-            seen.append(tuple(p.tolist()))
-            return p.sum()
-        rs(closure), rs(closure)
-        self.assertEqual(len(set(seen)), 6)
-
     def test_weight_average_is_the_fp32_mean_for_any_dtype(self):
         for dtype in (torch.float32, torch.bfloat16):
-            p, seen = torch.nn.Parameter(torch.zeros(100, dtype=dtype)), []
-            wa = sam.WA([p])
-            wa.swap()                                                  # nothing averaged yet: nothing changes
-            self.assertTrue(torch.equal(p, torch.zeros(100, dtype=dtype)))
-            for k in range(9):
-                with torch.no_grad():
-                    p.copy_(torch.randn(100, generator=torch.Generator().manual_seed(k)))
-                seen.append(p.detach().double().numpy().copy())
-                wa.update()
-            want = np.mean(seen, axis=0)
-            np.testing.assert_allclose(wa.mean[0].double().numpy(), want, atol=1e-6)
-            wa.swap()
-            np.testing.assert_allclose(p.detach().double().numpy(), want,
-                                       rtol=2**-8 if dtype == torch.bfloat16 else 0, atol=1e-6)
-
-    def test_with_linf_a_non_finite_element_stays_and_is_told(self):
-        for ops in (sam, mt) if triton else (sam,):
-            w, g = [torch.zeros(5)], [torch.tensor([1.0, math.nan, -2.0, math.inf, 0.0])]
-            with np.errstate(invalid="ignore"):
-                stats = ops.ascent_(w, g, 0.5, [], linf=True)
-            self.assertEqual(w[0].tolist(), [0.5, 0, -0.5, 0, 0])
-            self.assertTrue(stats["norm"].isnan() and not stats["applied_norm"].isnan())
+            seen = torch.randn(9, 100, generator=torch.Generator().manual_seed(0)).to(dtype)
+            p = torch.nn.Parameter(torch.zeros(100, dtype=dtype))
+            average = sam.WA([p])
+            average.swap()                               # nothing averaged yet: nothing changes
+            self.assertFalse(p.any())
+            for weights in seen:
+                p.data.copy_(weights)
+                average.update()
+            average.swap()
+            want = seen.double().mean(0)
+            torch.testing.assert_close(average.mean[0].double(), want, rtol=0, atol=1e-6)
+            torch.testing.assert_close(p.detach(), want.to(dtype))
 
     def test_sam_py_works_copied_out_alone(self):
-        code = (
-            "import torch, sam\nmodel = torch.nn.Linear(3, 1)\nx = torch.randn(4, 3)\n"
-            "loss = lambda: model(x).square().mean()\nopt = torch.optim.AdamW(model.parameters())\n"
-            "before = model.weight.clone()\ns = sam.SAM(model.parameters(), rho=0.01)\nloss().backward()\n"
-            "with s.perturbed():\n    loss().backward()\nassert torch.equal(before, model.weight)\n"
-            "(2 * loss()).backward()\nopt.step(); opt.zero_grad()\nprint(sam.operations([x])[0].__name__)\n"
-            "try:\n    sam.operations([x], True)\nexcept ValueError as e:\n    print('fine', e)\n")
+        code = """
+import torch, sam
+p = torch.nn.Parameter(torch.ones(3))
+p.grad = torch.ones(3)
+with sam.SAM([p], rho=3**0.5).perturbed():
+    print(p.tolist())
+print(p.tolist(), sam.operations([p])[0].__name__)
+sam.operations([p], triton=True)
+"""
         with tempfile.TemporaryDirectory() as folder:
             shutil.copy(ROOT / "sam.py", folder)
-            run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
-        self.assertRegex(run.stdout, "^torch\nfine .*multi_tensor.py", run.stderr)
+            run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True,
+                                 text=True)
+        self.assertEqual(run.stdout, "[2.0, 2.0, 2.0]\n[1.0, 1.0, 1.0] torch\n", run.stderr)
+        self.assertRegex(run.stderr, "ValueError: the Triton kernels cannot run here: .*multi_tensor.py")
 
 
-# ---- kernels/: by Triton's interpreter, on CPU tensors ----------------------------------------------------
+# ---- kernels/: by Triton's interpreter, on CPU tensors ---------------------------------------------
+
+SIZES = [0, 1, 7, 63, 64, 65, 200]          # with chunk 64, which is fast, some have several chunks
+HALF = torch.bfloat16
+FULL = torch.float32
+
+
+def rank(t):
+    """The place of every fp32 or bf16 number among all of them."""
+    integer = torch.int32 if t.dtype == FULL else torch.int16
+    bits = t.view(integer).long()
+    return torch.where(bits < 0, -(bits & torch.iinfo(integer).max), bits)
+
 
 def ulps(a, b):
-    """Largest distance between two fp32 or two bf16 tensors, in steps from one number to the next."""
+    """Largest distance between two tensors, in steps from one number to the next."""
     assert a.dtype == b.dtype and a.isfinite().all() and b.isfinite().all()
-    bits, mask = (torch.int32, 2**31 - 1) if a.dtype == torch.float32 else (torch.int16, 2**15 - 1)
-    rank = lambda t: torch.where(t.view(bits) < 0, -(t.view(bits).long() & mask), t.view(bits).long())
     return (rank(a) - rank(b)).abs().max().item() if a.numel() else 0
 
 
-def randn(sizes, dtype=torch.float32, seed=0, scale=1.0):
+def randn(sizes, dtype=FULL, seed=0, scale=1.0):
     g = torch.Generator().manual_seed(seed)
     return [(torch.randn(n, generator=g) * scale).to(dtype) for n in sizes]
 
 
-def same(one, other):
-    """Are two lists of tensors equal bit for bit, NaNs included?"""
-    raw = lambda t: t.detach().flatten().view(torch.uint8)
-    return len(one) == len(other) and all(torch.equal(raw(a), raw(b)) for a, b in zip(one, other))
+def copies(tensors):
+    return [t.detach().clone() for t in tensors]
 
 
 @contextlib.contextmanager
 def launches():
     """The names of the kernels that run inside."""
-    run, names = GridExecutor.__call__, []
+    run = GridExecutor.__call__
+    names = []
 
     def counted(self, *args, **kwargs):
         names.append(self.fn.__name__)
@@ -527,8 +618,9 @@ def launches():
 
 @contextlib.contextmanager
 def nothing_read_back():
-    """Reading a tensor's value on the host is an error inside, except by the interpreter for its own ends."""
-    run, inside = GridExecutor.__call__, []
+    """Reading a tensor's value on the host is an error inside, except by the interpreter for itself."""
+    run = GridExecutor.__call__
+    inside = []
 
     def allowed(self, *args, **kwargs):
         inside.append(self)
@@ -537,158 +629,221 @@ def nothing_read_back():
         finally:
             inside.pop()
 
-    def guard(name, method):
+    def guard(name):
+        method = getattr(torch.Tensor, name)
+
         def guarded(tensor, *args, **kwargs):
             assert inside, f"Tensor.{name} waits for the device"
             return method(tensor, *args, **kwargs)
-        return guarded
+        return mock.patch.object(torch.Tensor, name, guarded)
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(GridExecutor, "__call__", allowed))
         for name in "item cpu tolist numpy __bool__ __float__ __int__ __index__ __array__ nonzero".split():
-            stack.enter_context(
-                mock.patch.object(torch.Tensor, name, guard(name, getattr(torch.Tensor, name))))
+            stack.enter_context(guard(name))
         yield
 
 
+def five_views(buffer):
+    """Off alignment, of odd size, transposed, 0-dim and with a dimension of 1."""
+    return [buffer[1:100], buffer[101:104], buffer[110:240].view(10, 13).T, buffer[250],
+            buffer[260:272].view(3, 4, 1)]
+
+
+class Tiny:
+    """A smooth network with 26 fp32 weights: closure() adds its gradient to p.grad and returns the loss."""
+
+    def __init__(self, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        shapes = ((4, 3), (4,), (2, 4), (2,))
+        self.params = [torch.nn.Parameter(torch.randn(s, generator=g)) for s in shapes]
+        self.x = torch.randn(8, 3, generator=g)
+        self.y = torch.randn(8, 2, generator=g)
+
+    def closure(self):
+        w1, b1, w2, b2 = self.params
+        loss = ((self.x @ w1.T + b1).tanh() @ w2.T + b2 - self.y).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    def gradient(self):
+        """The gradient here, flat; p.grad is None before and after."""
+        self.closure()
+        return flat(sam.take_grads(self.params).values())
+
+
+def run_code(code, *args, folder=ROOT, **env):
+    """Run Python code in a process of its own: what it printed, after a check that it succeeded."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **env}
+    run = subprocess.run([sys.executable, "-c", code, *map(str, args)], cwd=folder, env=env, text=True,
+                         capture_output=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
 @unittest.skipUnless(triton, "triton is not installed here")
-class TestKernels(unittest.TestCase):
-    # chunk 64 keeps the interpreter fast: every tensor above 64 elements has several chunks
-    SIZES = [0, 1, 7, 63, 64, 65, 200]
+class Kernels(unittest.TestCase):
+    def ascend(self, w, d, rho, linf):
+        """ascent_ with chunk 64 against ascent_ref, and what it says against the step in fp64."""
+        old = copies(w)
+        kept = copies(d)
+        saved = []
+        scale = rho if linf else rho / (mt.global_norm(d, chunk=64) + 1e-12)
+        stats = mt.ascent_(w, d, rho, saved, linf=linf, chunk=64)
+        for new, o, x in zip(w, old, kept):
+            self.assertLessEqual(ulps(new, mt.ascent_ref(o, x, scale, linf)), o.dtype == HALF)
+        x = flat(kept).double()
+        x = x.sign() if linf else x
+        step = flat(w).double() - flat(old).double()
+        self.assertGreater(step.norm(), 0.2)
+        cosine = step @ x / step.norm() / x.norm()
+        self.assertAlmostEqual(stats["norm"].item() / x.norm().item(), 1, places=5)
+        self.assertAlmostEqual(stats["applied_norm"].item() / step.norm().item(), 1, places=5)
+        self.assertAlmostEqual(stats["cosine"].item(), cosine.item(), places=5)
+        return old, kept, saved
 
     def test_philox_gives_the_published_words(self):
         """Known answers of Random123 1.14, philox4x32 with 10 rounds."""
         pi = (0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344)
-        for seed, counters, want in (
-                (0, (0,) * 4, (0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8)),
-                (2**64 - 1, (2**32 - 1,) * 4, (0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd)),
-                (0x299f31d0a4093822, pi, (0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1))):
-            for module in (mt, adamw):
-                got = module.philox_ref(seed, *(torch.tensor([c]) for c in counters))
-                self.assertEqual(tuple(w.item() for w in got), want)
+        known = [(0, (0,) * 4, (0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8)),
+                 (2**64 - 1, (2**32 - 1,) * 4, (0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd)),
+                 (0x299f31d0a4093822, pi, (0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1))]
+        for module, (seed, counters, want) in itertools.product((mt, adamw), known):
+            words = module.philox_ref(seed, *map(torch.tensor, counters))
+            self.assertEqual(tuple(map(int, words)), want)
 
-    def test_norm_is_the_fp64_sum_of_squares(self):
-        for dtype in (torch.float32, torch.bfloat16):
-            block = mt.TURN // dtype.itemsize
-            for sizes, chunk in ((self.SIZES, 64), ([block - 1, block, block + 1, mt.CHUNK + 1], mt.CHUNK)):
-                g = randn(sizes, dtype)
-                want = torch.stack([x.double().square().sum() for x in g])
-                torch.testing.assert_close(mt.global_norm(g, chunk=chunk).double(), want.sum().sqrt(),
-                                           rtol=1e-6, atol=0)
-                each = mt.global_norm(g, each=True, chunk=chunk)
-                torch.testing.assert_close(each.double(), want.sqrt(), rtol=1e-6, atol=0)
-                torch.testing.assert_close(mt.norm_ref(g), want.sum().sqrt())
-        mixed = randn([5, 70]) + randn([9], torch.bfloat16)
-        torch.testing.assert_close(mt.global_norm(mixed).double(), mt.norm_ref(mixed), rtol=1e-6, atol=0)
-        self.assertTrue(same([mt.global_norm(mixed)], [mt.global_norm(mixed)]))
+    def test_norm_is_the_fp64_root_of_the_sum_of_squares(self):
+        block = mt.TURN // 4
+        large = [block - 1, block, block + 1, mt.CHUNK + 1]
+        for g, chunk in ((randn(SIZES), 64), (randn(SIZES, HALF), 64), (randn(large), mt.CHUNK),
+                         (randn([5, 70]) + randn([9], HALF), 16)):
+            norm = mt.global_norm(g, chunk=chunk)
+            torch.testing.assert_close(norm.double(), flat(g).double().norm(), rtol=1e-6, atol=0)
+            self.assertTrue(same([norm], [mt.global_norm(g, chunk=chunk)]))
         self.assertEqual(mt.global_norm([]), 0)
 
     def test_ascent_moves_saves_measures_and_restores(self):
         """Against plain torch: fp32 bit for bit; bf16 within 1 ulp, as the interpreter cuts off fp32."""
-        for dtype, linf in itertools.product((torch.float32, torch.bfloat16), (False, True)):
-            w, g = randn(self.SIZES, dtype, 1, 0.05), randn(self.SIZES, dtype, 2)
+        for dtype, linf in itertools.product((FULL, HALF), (False, True)):
+            w = randn(SIZES, dtype, 1, 0.05)
+            g = randn(SIZES, dtype, 2)
             g[5][:3] = 0                                                        # sign(0) = 0
-            old, direction, saved = [x.clone() for x in w], [x.clone() for x in g], []
-            scale = 0.02 if linf else 0.5 / (mt.global_norm(g, chunk=64) + 1e-12)
-            stats = mt.ascent_(w, g, 0.02 if linf else 0.5, saved, linf=linf, chunk=64)
-            for new, o, d in zip(w, old, direction):
-                want = mt.ascent_ref(o, d, scale, linf)
-                self.assertLessEqual(ulps(new, want), dtype == torch.bfloat16)
-            d, step = flat(direction).double(), flat(w).double() - flat(old).double()
-            d = d.sign() if linf else d
-            self.assertGreater(step.norm(), 0.2)
-            self.assertAlmostEqual(stats["norm"].item(), d.norm().item(), delta=1e-5 * d.norm().item())
-            self.assertAlmostEqual(stats["applied_norm"].item(), step.norm().item(), places=5)
-            self.assertAlmostEqual(stats["cosine"].item(), (step @ d / step.norm() / d.norm()).item(),
-                                   places=5)
-            self.assertTrue(same(g, old))                                       # in the gradient's own memory
-            self.assertEqual({x.data_ptr() for _, x in saved}, {x.data_ptr() for x in g})
+            old, _, saved = self.ascend(w, g, 0.02 if linf else 0.5, linf)
+            self.assertTrue(same(g, old))                                       # in the gradient's memory
+            self.assertEqual([id(x) for _, x in saved], list(map(id, g)))
             mt.restore_(saved, chunk=64)
             self.assertTrue(same(w, old))
             self.assertEqual(saved, [])
 
-    def test_ascent_with_the_real_block_and_chunk_sizes(self):
-        block = mt.TURN // 4
-        w, g = (randn([block - 1, block, block + 1, mt.CHUNK + 1], seed=s) for s in (1, 2))
-        old, scale, saved = [x.clone() for x in w], 0.5 / (mt.global_norm(g) + 1e-12), []
-        want = [mt.ascent_ref(x, d, scale) for x, d in zip(w, g)]
-        mt.ascent_(w, g, 0.5, saved)
-        self.assertTrue(same(w, want))
-        mt.restore_(saved)
-        self.assertTrue(same(w, old))
-
-    def test_kept_signs_and_fp32_gradients_of_bf16_weights_leave_the_direction_alone(self):
-        w = randn(self.SIZES, torch.bfloat16, 1)
-        g = randn(self.SIZES, torch.float32, 2)
+    def test_kept_signs_fp32_gradients_and_reuse_false_leave_the_direction_alone(self):
+        g = randn(SIZES, seed=2)
         signs = [x.sign().to(torch.int8) for x in g]
         for direction, linf in ((g, False), (signs, True)):
-            old, kept, saved = [x.clone() for x in w], [x.clone() for x in direction], []
-            scale = 0.25 if linf else 3.0 / (mt.global_norm(direction, chunk=64) + 1e-12)
-            mt.ascent_(w, direction, 0.25 if linf else 3.0, saved, linf=linf, chunk=64)
-            for new, o, d in zip(w, old, g):
-                self.assertLessEqual(ulps(new, mt.ascent_ref(o, d, scale, linf)), 1)
+            w = randn(SIZES, HALF, 1)
+            old, kept, saved = self.ascend(w, direction, 0.25 if linf else 3.0, linf)
             self.assertTrue(same(direction, kept))
             mt.restore_(saved, chunk=64)
             self.assertTrue(same(w, old))
+        w = randn(SIZES)
+        saved = []
+        mt.ascent_(w, g, 1.0, saved, reuse=False)
+        self.assertTrue(same(g, kept := randn(SIZES, seed=2)) and len(kept) == len(saved))
+        mt.restore_(saved)
+        self.assertTrue(same(w, randn(SIZES)))
 
-    def test_misaligned_transposed_scalar_and_gappy_tensors(self):
-        buffer, grads = randn([300], seed=3)[0], randn([300], seed=4)[0]
-        views = lambda b: [b[1:100], b[101:104], b[110:240].view(10, 13).T, b[250], b[260:272].view(3, 4, 1)]
+    def test_the_shipped_block_and_chunk_sizes_give_the_same(self):
+        block = mt.TURN // 4
+        sizes = [block - 1, block, block + 1, mt.CHUNK + 1]
+        w = randn(sizes, seed=1)
+        g = randn(sizes, seed=2)
+        scale = 0.5 / (mt.global_norm(g) + 1e-12)
+        want = [mt.ascent_ref(x, d, scale) for x, d in zip(w, g)]
+        mt.ascent_(w, g, 0.5, [])
+        self.assertTrue(same(w, want))
+
+    def test_misaligned_transposed_and_scalar_views_move_and_nothing_around_them(self):
+        touched = torch.zeros(300, dtype=torch.bool)
+        for view in five_views(touched):
+            view.fill_(True)
         for name in ("ascent", "noise", "mean"):
-            b, g = buffer.clone(), grads.clone()
-            w, d, saved = views(b), views(g), []
+            buffer = randn([300], seed=3)[0]
+            before = buffer.clone()
+            w = five_views(buffer)
+            d = five_views(randn([300], seed=4)[0])
+            saved = []
             if name == "ascent":
                 scale = 2.0 / (mt.global_norm(d, chunk=64) + 1e-12)
                 want = [mt.ascent_ref(x, y, scale) for x, y in zip(w, d)]
                 mt.ascent_(w, d, 2.0, saved, chunk=64)
             elif name == "noise":
-                z = [mt.noise_ref(x.numel(), i, 9).float().as_strided(x.shape, x.stride())
-                     for i, x in enumerate(w)]
-                want = [x + 0.5 * y for x, y in zip(w, z)]
+                want = []
+                for i, x in enumerate(w):
+                    z = mt.noise_ref(x.numel(), i, 9).float().as_strided(x.shape, x.stride())
+                    want.append(x + 0.5 * z)
                 mt.noise_(w, 0.5, 9, chunk=64)
             else:
                 want = [x + (y - x) / 3 for x, y in zip(w, d)]
                 mt.running_mean_(w, d, 3, chunk=64)
             for x, y in zip(w, want):
                 torch.testing.assert_close(x, y, rtol=0, atol=1e-5 if name == "noise" else 0)
-            touched = torch.zeros(300, dtype=torch.bool)
-            for view in views(touched):
-                view.fill_(True)
-            self.assertTrue(same([b[~touched]], [buffer[~touched]]))        # nothing around the views moved
-            self.assertFalse((b == buffer)[touched].any())
+            self.assertTrue(same([buffer[~touched]], [before[~touched]]))
+            self.assertFalse((buffer == before)[touched].any())
             mt.restore_(saved, chunk=64)
-        column, row = buffer[:20].view(4, 5)[:, 1], buffer[:12].view(3, 4)
-        for w, d in (([column], [column.clone()]), ([row], [row.T.contiguous().T]), ([row], [row.view(4, 3)]),
-                     ([buffer[:1].expand(5)], [torch.ones(5)])):
-            before, saved = buffer.clone(), []
-            self.assertRaisesRegex(ValueError, "strides", mt.ascent_, w, d, 1.0, saved)
-            self.assertTrue(same([buffer], [before]) and not saved)
+
+    def test_gaps_other_orders_dtypes_and_devices_are_refused(self):
+        buffer = randn([300], seed=3)[0]
+        column = buffer[:20].view(4, 5)[:, 1]
+        row = buffer[:12].view(3, 4)
+        for w, d in ((column, column.clone()), (row, row.T.contiguous().T), (row, row.view(4, 3)),
+                     (buffer[:1].expand(5), torch.ones(5))):
+            saved = []
+            self.assertRaisesRegex(ValueError, "gaps or another order", mt.ascent_, [w], [d], 1.0, saved)
+            self.assertTrue(same([buffer], randn([300], seed=3)) and not saved)
         self.assertRaisesRegex(ValueError, "float64", mt.global_norm, [torch.ones(3).double()])
         self.assertIn("gaps", mt.usable([column]))
         self.assertIn("float64", mt.usable([torch.ones(3).double()]))
-        self.assertIsNone(mt.usable([row.T, torch.ones(())]))
+        self.assertIsNone(mt.usable([row.T, torch.ones(()), torch.ones(2, 0, 3), row[None, :, None]]))
+        with mock.patch.object(mt, "INTERPRETED", False):
+            self.assertRaisesRegex(ValueError, "on cpu: .*GPU tensors", mt.noise_, [row], 1.0, 0)
+            self.assertRaisesRegex(ValueError, "on cpu: .*GPU tensors", sam.operations, [row], True)
+
+    def test_a_chunk_that_is_no_power_of_two_from_16_is_refused(self):
+        w = randn([5])
+        saved = [(w[0], w[0])]
+        row = (*adam_rows([5], (FULL,) * 4)[0], adamw.scalars(1, 0.1, (0, 0), 0, 0), 0, 1)
+        calls = [(mt.global_norm, w), (mt.ascent_, w, w, 1.0, []), (mt.restore_, saved),
+                 (mt.noise_, w, 1.0, 0), (mt.running_mean_, w, w, 1), (adamw.adamw_, [row])]
+        for (work, *args), chunk in itertools.product(calls, (0, 8, 48, 100, -64, 64.0)):
+            with self.assertRaisesRegex(ValueError, "power of two from 16, got"):
+                work(*args, chunk=chunk)
+        self.assertTrue(saved and same(w, randn([5])))
 
     def test_sam_with_frozen_tied_gradientless_and_mixed_parameters(self):
-        a, frozen = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3), requires_grad=False)
-        b, none = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16)), torch.nn.Parameter(torch.ones(2))
+        a = torch.nn.Parameter(torch.ones(3))
+        frozen = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+        b = torch.nn.Parameter(torch.ones(2, dtype=HALF))
+        none = torch.nn.Parameter(torch.ones(2))
         s = sam.SAM([a, frozen, b, a, none], 5.0, triton=True)
-        a.grad, b.grad = torch.full((3,), 2.0), torch.full((2,), 3.0).bfloat16()
+        a.grad = torch.full((3,), 2.0)
+        b.grad = torch.full((2,), 3.0).bfloat16()
         norm = math.sqrt(3 * 4 + 2 * 9)
         with launches() as names, s.perturbed():
             torch.testing.assert_close(a.detach(), torch.full((3,), 1 + 5 * 2 / norm))
             self.assertLessEqual(ulps(b.detach(), torch.full((2,), 1 + 5 * 3 / norm).bfloat16()), 1)
             none.grad = torch.ones(2)
-        self.assertTrue(all(torch.equal(x, torch.ones_like(x)) for x in (a, b, none, frozen)))
+        self.assertEqual([x.unique().tolist() for x in (a, b, none, frozen)], [[1]] * 4)
         self.assertEqual(Counter(names), {"_sumsq_kernel": 2, "_ascent_kernel": 2, "_copy_kernel": 2})
-        saved, g = [], torch.ones(4)
         w = torch.zeros(4)
-        mt.ascent_([w, w], [g, g], 1.0, saved)                     # the same tensor twice moves once, by rho
+        g = torch.ones(4)
+        mt.ascent_([w, w], [g, g], 1.0, [])                     # the same tensor twice moves once, by rho
         self.assertAlmostEqual(w.norm().item(), 1.0, places=6)
 
     def test_zero_and_non_finite_gradients_move_nothing_and_are_told(self):
-        for bad, dtype in itertools.product((0.0, math.nan, math.inf, -math.inf),
-                                            (torch.float32, torch.bfloat16)):
-            w, g = randn([70, 5], dtype), [torch.zeros(70, dtype=dtype), torch.zeros(5, dtype=dtype)]
-            g[0][66], before, saved = bad, [x.clone() for x in w], []
+        for bad, dtype in itertools.product((0.0, math.nan, math.inf, -math.inf), (FULL, HALF)):
+            w = randn([70, 5], dtype)
+            before = copies(w)
+            g = list(map(torch.zeros_like, w))
+            g[0][66] = bad
+            saved = []
             with np.errstate(invalid="ignore"):
                 stats = mt.ascent_(w, g, 0.1, saved, chunk=64)
             self.assertTrue(same(w, before))
@@ -697,71 +852,106 @@ class TestKernels(unittest.TestCase):
             mt.restore_(saved, chunk=64)
             self.assertTrue(same(w, before))
 
-    def test_restore_copies_bits_even_of_nans(self):
-        raw = torch.tensor([0x7fc00001, 0x7f800001, -1, 0, -2**31, 0x7f800000], dtype=torch.int64).int()
-        for old in (raw.view(torch.float32), raw.view(torch.bfloat16)):
+    def test_restore_copies_bits_even_of_nans_and_only_within_a_dtype(self):
+        words = torch.tensor([0x7fc00001, 0x7f800001, -1, 0, -2**31, 0x7f800000]).int()
+        for old in (words.view(FULL), words.view(HALF)):
             w = torch.zeros_like(old)
             mt.restore_([(w, old)])
             self.assertTrue(same([w], [old]))
+        self.assertRaises(AssertionError, mt.restore_, [(randn([5], HALF)[0], randn([5])[0])])
+
+    def noise(self, seed, chunk, dtype=FULL):
+        w = [torch.zeros(n, dtype=dtype) for n in (0, 1, 7, 65, 200)]
+        mt.noise_(w, 0.5, seed, chunk=chunk)
+        return w
 
     def test_noise_follows_seed_tensor_and_element_alone(self):
-        sizes = [0, 1, 7, 65, 200]
-        draw = lambda seed, chunk, dtype=torch.float32: (
-            w := [torch.zeros(n, dtype=dtype) for n in sizes], mt.noise_(w, 0.5, seed, chunk=chunk))[0]
-        one = draw(2**62 + 3, 64)
+        seed = 2**62 + 3
+        one = self.noise(seed, 64)
         for tensor, w in enumerate(one):
-            want = 0.5 * mt.noise_ref(w.numel(), tensor, 2**62 + 3)
+            want = 0.5 * mt.noise_ref(w.numel(), tensor, seed)
             torch.testing.assert_close(w.double(), want, rtol=0, atol=2e-6)
-        self.assertTrue(same(one, draw(2**62 + 3, 16)) and same(one, draw(2**62 + 3, mt.CHUNK)))
-        self.assertLessEqual(ulps(flat(draw(2**62 + 3, 64, torch.bfloat16)), flat(one).bfloat16()), 1)
-        self.assertFalse(torch.equal(one[4], draw(2**62 + 4, 64)[4]))
+        self.assertTrue(same(one, self.noise(seed, 16)) and same(one, self.noise(seed, mt.CHUNK)))
+        self.assertLessEqual(ulps(flat(self.noise(seed, 64, HALF)), flat(one).bfloat16()), 1)
+        self.assertFalse(torch.equal(one[4], self.noise(seed + 1, 64)[4]))
         self.assertNotEqual(one[3][0], one[4][0])
         z = mt.noise_ref(200_000, 3, 5)
         self.assertAlmostEqual(z.std().item(), 1, delta=0.01)               # 6 standard errors
         self.assertAlmostEqual(z.mean().item(), 0, delta=0.014)
         self.assertAlmostEqual((z[:-1] * z[1:]).mean().item(), 0, delta=0.014)
 
+    def test_noise_tells_its_norm_and_what_rounding_left_of_it(self):
+        """Beside noise_ref: in bf16 a sigma of 1e-4 on weights of about 1 moves few of them, a lot each."""
+        sizes = [*SIZES, mt.CHUNK + 70]
+        draws = [mt.noise_ref(n, i, 7) for i, n in enumerate(sizes)]
+        z = torch.cat(draws)
+        for dtypes, sigma, chunk in (((FULL,), 0.5, 64), ((HALF,), 1e-4, 256), ((FULL, HALF), 0.1, mt.CHUNK)):
+            w = [x.to(dtypes[i % len(dtypes)]) for i, x in enumerate(randn(sizes))]
+            before = copies(w)
+            with nothing_read_back(), launches() as names:
+                stats = mt.noise_(w, sigma, 7, chunk=chunk)
+            self.assertEqual(names, ["_noise_kernel"] * len(dtypes))
+            step = torch.cat([x.double() - old.double() for x, old in zip(w, before)])
+            self.assertAlmostEqual(stats["norm"].item() / z.norm().item(), 1, places=5)
+            self.assertAlmostEqual(stats["applied_norm"].item() / step.norm().item(), 1, places=5)
+            self.assertAlmostEqual(stats["cosine"].item(), (step @ z / step.norm() / z.norm()).item(), places=5)
+            if sigma == 1e-4:
+                self.assertLess(stats["cosine"], 0.5)
+            again = copies(before)
+            self.assertTrue(same(mt.noise_(again, sigma, 7, chunk=chunk).values(), stats.values()))
+        still = mt.noise_(w, 0.0, 7)
+        self.assertEqual((still["applied_norm"], still["cosine"]), (0, 0))
+        self.assertAlmostEqual(still["norm"].item() / z.norm().item(), 1, places=5)
+        self.assertEqual(mt.noise_([], 1.0, 0)["norm"], 0)
+
     def test_running_mean_is_exact_for_any_dtype(self):
-        for dtype in (torch.float32, torch.bfloat16):
-            mean, params = randn(self.SIZES, seed=1), randn(self.SIZES, dtype, 2)
+        for dtype in (FULL, HALF):
+            mean = randn(SIZES, seed=1)
+            params = randn(SIZES, dtype, 2)
             want = [m + (p.float() - m) / 3 for m, p in zip(mean, params)]
             mt.running_mean_(mean, params, 3, chunk=64)
             self.assertTrue(same(mean, want))
-        self.assertRaises(AssertionError, mt.running_mean_, randn([5], torch.bfloat16), randn([5]), 3)
-        self.assertRaises(AssertionError, mt.restore_, list(zip(randn([5], torch.bfloat16), randn([5]))))
+        self.assertRaises(AssertionError, mt.running_mean_, randn([5], HALF), randn([5]), 3)
 
     def test_more_than_2_to_the_31_elements(self):
         """The map of fake sizes against a loop, and a kernel on the last chunk of a tensor of 2**35 + 7."""
-        sizes, chunk = [3 * 2**30, 0, 5, 2**32 + 1], 2**20
-        owner, start = mt.chunk_map(sizes, chunk)
-        want = [(t, s) for t, n in enumerate(sizes) for s in range(0, n, chunk)]
-        self.assertEqual(list(zip(owner.tolist(), start.tolist())), want)
-        self.assertGreater(start.max(), 2**31)
-        start, buffer = 2**35, torch.zeros(7)
+        sizes = (3 * 2**30, 0, 5, 2**32 + 1)
+        want = []
+        for tensor, size in enumerate(sizes):
+            want += [(tensor, start) for start in range(0, size, 2**20)]
+        for module in (mt, adamw):
+            owner, start = module.chunk_map(sizes, torch.device("cpu"), 2**20)
+            self.assertEqual(list(zip(owner.tolist(), start.tolist())), want)
+        start = 2**35
+        buffer = torch.zeros(7)
         head = [torch.tensor([[start + 7, buffer.data_ptr() - 4 * start, 11]]),
                 torch.zeros(1, dtype=torch.int32), torch.tensor([start])]
-        mt._noise_kernel[(1,)](*head, 5, 1.0, A=mt.tl.float32, ALIGNED=False, CHUNK=64, BLOCK=64)
-        q = torch.tensor([start // 4, start // 4 + 1])
-        words = mt.philox_ref(5, q & 0xFFFFFFFF, q >> 32, q * 0 + 11, q * 0)
-        r = lambda u: (-2 * torch.where(u < 2**31, u, 2**32 - 1 - u).div(2**31).clamp(min=1e-7).log()).sqrt()
-        angle = lambda u: 2 * math.pi * torch.where(u < 2**31, u, 2**32 - 1 - u).div(2**31)
-        want = torch.stack([f(angle(words[i + 1])) * r(words[i]) for i in (0, 2)
-                            for f in (torch.cos, torch.sin)], 1).flatten()[:7]
-        torch.testing.assert_close(buffer, want, rtol=0, atol=1e-5)
+        part = torch.zeros(1, 3)
+        mt._noise_kernel[(1,)](*head, part, 5, 1.0, A=mt.tl.float32, ALIGNED=False, CHUNK=64, BLOCK=64)
+        q = torch.arange(start // 4, start // 4 + 2)
+        words = torch.stack(mt.philox_ref(5, q & 0xFFFFFFFF, q >> 32, q * 0 + 11, q * 0))
+        u = torch.where(words < 2**31, words, 2**32 - 1 - words) / 2**31
+        radius = (-2 * u[0::2].clamp(min=1e-7).log()).sqrt()
+        angle = 2 * math.pi * u[1::2]
+        z = torch.stack([radius[0] * angle[0].cos(), radius[0] * angle[0].sin(),
+                         radius[1] * angle[1].cos(), radius[1] * angle[1].sin()], 1).flatten()[:7]
+        torch.testing.assert_close(buffer, z, rtol=0, atol=1e-5)
+        torch.testing.assert_close(part[0], buffer.square().sum().expand(3))      # step = z here
 
     def test_each_operation_is_one_launch_a_pair_of_dtypes(self):
-        w = randn([3, 70, 1, 130], seed=1) + randn([5, 80, 2], torch.bfloat16, 2)
-        g = [torch.ones_like(x) for x in w]
-        mean = [x.float() for x in w]
-        for work, kernel in ((lambda: mt.global_norm(g, chunk=64), "_sumsq_kernel"),
-                             (lambda: mt.ascent_(w, g, 0.1, [], linf=True, chunk=64), "_ascent_kernel"),
-                             (lambda: mt.restore_(list(zip(w, g)), chunk=64), "_copy_kernel"),
-                             (lambda: mt.noise_(w, 0.1, 1, chunk=64), "_noise_kernel"),
-                             (lambda: mt.running_mean_(mean, w, 2, chunk=64), "_mean_kernel")):
+        w = randn([3, 70, 1, 130], seed=1) + randn([5, 80, 2], HALF, 2)
+        g = list(map(torch.ones_like, w))
+        calls = [("_sumsq_kernel", mt.global_norm, g), ("_copy_kernel", mt.restore_, list(zip(w, g))),
+                 ("_noise_kernel", mt.noise_, w, 0.1, 1),
+                 ("_copy_kernel", mt.running_mean_, [x.float() for x in w], w, 2)]
+        for kernel, work, *args in calls:
             with launches() as names:
-                work()
+                work(*args, chunk=64)
             self.assertEqual(names, [kernel] * 2)
-        params = [torch.nn.Parameter(x) for x in w]
+        with launches() as names:
+            mt.ascent_(w, g, 0.1, [], linf=True, chunk=64)
+        self.assertEqual(names, ["_ascent_kernel"] * 2)
+        params = list(map(torch.nn.Parameter, w))
         optimizer = adamw.AdamW([{"params": params[:2], "lr": 0.1}, {"params": params[2:]}], triton=True)
         for p in params:
             p.grad = torch.ones_like(p)
@@ -770,7 +960,7 @@ class TestKernels(unittest.TestCase):
         self.assertEqual(names, ["_adamw_kernel"] * 2)
 
     def test_nothing_is_read_back_between_ascent_and_restore(self):
-        params = [torch.nn.Parameter(x) for x in randn([3, 70]) + randn([5], torch.bfloat16)]
+        params = list(map(torch.nn.Parameter, randn([3, 70]) + randn([5], HALF)))
         s = sam.SAM(params, 0.1, triton=True)
         for p in params:
             p.grad = torch.ones_like(p)
@@ -778,26 +968,28 @@ class TestKernels(unittest.TestCase):
             with s.perturbed():
                 for p in params:
                     p.grad = torch.ones_like(p)
-            self.assertRaisesRegex(AssertionError, "item", lambda: s.stats["norm"].item())
-            self.assertRaisesRegex(AssertionError, "__bool__", lambda: bool(s.stats["norm"] > 0))
+            self.assertRaisesRegex(AssertionError, "item", s.stats["norm"].item)
+            self.assertRaisesRegex(AssertionError, "__bool__", bool, s.stats["norm"] > 0)
 
     def test_whatever_is_raised_the_weights_come_back_bit_for_bit(self):
         launch = mt._launch
         errors = (KeyboardInterrupt("Ctrl-C"), torch.OutOfMemoryError("full"), RuntimeError("other"))
         for error, where in itertools.product(errors, ("body", "before", "second", "after")):
-            w = randn([70, 9], seed=1) + randn([5], torch.bfloat16, 2)           # two groups, so two launches
-            params, before, count = [torch.nn.Parameter(x) for x in w], [x.clone() for x in w], []
-            for p in params:
-                p.grad = torch.ones_like(p)
+            params = list(map(torch.nn.Parameter, randn([70, 9], seed=1) + randn([5], HALF, 2)))   # 2 launches
+            before = copies(params)
+            ascents = []
 
             def failing(kernel, *args, **kwargs):
-                count.append(kernel is mt._ascent_kernel)
-                if count[-1] and (where == "before" or where == "second" and sum(count) == 2):
-                    raise error
+                if kernel is mt._ascent_kernel:
+                    ascents.append(kernel)
+                    if where == "before" or where == "second" and len(ascents) == 2:
+                        raise error
                 launch(kernel, *args, **kwargs)
-                if where == "after" and count[-1]:
+                if where == "after" and kernel is mt._ascent_kernel:
                     raise error
             s = sam.SAM(params, 0.5, triton=True)
+            for p in params:
+                p.grad = torch.ones_like(p)
             with mock.patch.object(mt, "_launch", failing), self.assertRaises(type(error)):
                 with s.perturbed():
                     self.assertFalse(same(params, before))
@@ -805,53 +997,68 @@ class TestKernels(unittest.TestCase):
             self.assertTrue(same(params, before), (error, where))
             self.assertEqual(s.saved, [])
 
-    def test_smoothers_by_kernels_agree_with_those_in_torch(self):
-        def twice(params, triton, norm="linf"):                              # the second call has a direction
-            s = sam.SAM(params, 0.1, norm, "momentum", triton=triton)
-            return lambda closure: (s(closure), [p.grad.zero_() for p in params], s(closure))
+    def smoothed(self, make, net, triton):
+        """The gradient that the second call of a smoother leaves."""
+        smoother = make(net.params, triton)
+        for _ in range(2):
+            sam.take_grads(net.params)
+            args = [net.closure] * (2 if isinstance(smoother, sam.Lookahead) else 1)
+            smoother(*args)
+        return flat(sam.take_grads(net.params).values())
 
-        def lookahead(params, triton, norm="linf"):
-            s = sam.SAM(params, 0.1, norm, "lookahead", params[1:], True, lookahead_steps=2, triton=triton)
-            return lambda closure: s(closure, closure)
-        for make in (lambda p, t: sam.SAM(p, 0.3, triton=t), lambda p, t: sam.GP(p, 0.5, 0.3, triton=t),
-                     lambda p, t: sam.SAM(p, 0.3, perturb=p[1:], flip=True, triton=t), twice, lookahead,
-                     lambda p, t: twice(p, t, "l2"), lambda p, t: lookahead(p, t, "l2"),
-                     lambda p, t: sam.SAM(p, 0.1, "linf", triton=t),
-                     lambda p, t: sam.CR(p, 0.2, 0.3, 0.2, triton=t)):
-            one, other = (Network(dtype=torch.float32) for _ in range(2))
-            torch.testing.assert_close(one.smoothed(make(one.params, True)),
-                                       other.smoothed(make(other.params, False)), rtol=1e-5, atol=1e-6)
+    def test_smoothers_by_kernels_agree_with_those_in_torch(self):
+        makes = [
+            lambda p, t: sam.SAM(p, 0.3, triton=t),
+            lambda p, t: sam.SAM(p, 0.3, perturb=p[1:], flip=True, triton=t),
+            lambda p, t: sam.SAM(p, 0.1, "linf", triton=t),
+            lambda p, t: sam.Momentum(p, 0.1, "linf", triton=t),
+            lambda p, t: sam.Momentum(p, 0.1, triton=t),
+            lambda p, t: sam.Lookahead(p, 0.1, "linf", p[1:], True, steps=2, triton=t),
+            lambda p, t: sam.Lookahead(p, 0.1, steps=2, triton=t),
+            lambda p, t: sam.GP(p, 0.5, 0.3, triton=t),
+            lambda p, t: sam.CR(p, 0.2, 0.3, 0.2, triton=t)]
+        for make in makes:
+            one = Tiny()
+            other = Tiny()
+            ours = self.smoothed(make, one, True)
+            torch.testing.assert_close(ours, self.smoothed(make, other, False), rtol=1e-5, atol=1e-6)
             self.assertTrue(same(one.params, other.params))
-        net = Network(dtype=torch.float32)                                   # the noise is Philox's here
-        draws = [[p + 0.2 * mt.noise_ref(p.numel(), i, 5 * 1_000_003 + k).float().view(p.shape)
-                  for i, p in enumerate(net.params)] for k in range(2)]
-        want = sum(flat(net.gradient([x.detach().requires_grad_() for x in d])) for d in draws) / 2
-        got = net.smoothed(sam.RS(net.params, 0.2, 2, seed=5, triton=True))
+        net = Tiny()                                                         # the noise is Philox's here
+        want = 0
+        for draw in (2, 3):
+            there = Tiny()
+            for i, p in enumerate(there.params):
+                p.data += 0.2 * mt.noise_ref(p.numel(), i, sam.draw_seed(5, draw)).float().view(p.shape)
+            want = want + there.gradient() / 2
+        got = self.smoothed(lambda p, t: sam.RS(p, 0.2, 2, seed=5, triton=t), net, True)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-        ours, theirs = sam.WA(net.params, triton=True), sam.WA(net.params, triton=False)
-        for _ in range(3):
-            ours.update(), theirs.update()
-            with torch.no_grad():
-                net.params[0].mul_(1.7)
+        ours = sam.WA(net.params, triton=True)
+        theirs = sam.WA(net.params, triton=False)
+        for factor in (1.0, 1.7, 0.3):
+            net.params[0].data.mul_(factor)
+            ours.update()
+            theirs.update()
         self.assertTrue(same(ours.mean, theirs.mean))
 
+    def steps(self, kernels, optimizer, **flags):
+        net = Tiny(3)
+        s = sam.SAM(net.params, 0.2, triton=kernels)
+        o = optimizer(net.params, lr=0.03, weight_decay=0.1, **flags)
+        for _ in range(20):
+            s(net.closure)
+            o.step()
+            o.zero_grad()
+        return flat(net.params)
+
     def test_20_sam_steps_are_the_same_bit_for_bit_with_and_without_triton(self):
-        """With one definition of the norm and of AdamW. torch's norm sums in another order, so its last bit
-        differs: 16 ulps at most after 20 steps; torch.optim.AdamW also fuses multiply and add: 56 ulps."""
-        def run(triton, optimizer):
-            net = Network(3, torch.float32)
-            s, o = sam.SAM(net.params, 0.2, triton=triton), optimizer(net.params)
-            for _ in range(20):
-                s(net.closure)
-                o.step(), o.zero_grad()
-            return flat(net.params)
-        mine = lambda triton: lambda params: adamw.AdamW(params, lr=0.03, weight_decay=0.1, triton=triton)
-        kernels = run(True, mine(True))
+        """With one definition of the norm and of AdamW. torch's norm sums in another order, and
+        torch.optim.AdamW fuses multiply and add: the last bits differ."""
+        kernels = self.steps(True, adamw.AdamW, triton=True)
         with mock.patch.object(sam, "global_norm", mt.global_norm):
-            self.assertTrue(same([kernels], [run(False, mine(False))]))
-        plain = run(False, lambda params: torch.optim.AdamW(params, lr=0.03, weight_decay=0.1))
-        self.assertGreater((kernels - flat(Network(3).params)).abs().max(), 0.5)
-        torch.testing.assert_close(kernels, plain, rtol=0, atol=2e-6)      # 1.8e-7 measured, on weights of 1
+            self.assertTrue(same([kernels], [self.steps(False, adamw.AdamW, triton=False)]))
+        self.assertGreater((kernels - flat(Tiny(3).params)).abs().max(), 0.3)
+        plain = self.steps(False, torch.optim.AdamW)
+        torch.testing.assert_close(kernels, plain, rtol=0, atol=2e-6)
 
     def test_the_path_is_torch_unless_a_gpu_the_interpreter_or_the_caller_says_so(self):
         p = torch.ones(3)
@@ -861,11 +1068,25 @@ class TestKernels(unittest.TestCase):
         with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
             self.assertIs(sam.operations([p])[0], mt)
             self.assertEqual(sam.operations([p.double()])[0].__name__, "torch")
-            self.assertEqual(sam.operations([p], False)[0].__name__, "torch")
-        with mock.patch.object(mt, "INTERPRETED", False):
-            self.assertRaisesRegex(ValueError, "not on a GPU", sam.operations, [p], True)
-            self.assertRaisesRegex(ValueError, "GPU tensors", mt.noise_, [p], 1.0, 0)
         self.assertRaisesRegex(ValueError, "float64", sam.SAM, [torch.nn.Parameter(p.double())], triton=True)
+
+    def test_without_a_c_compiler_usable_says_what_to_do_after_one_trial_a_device(self):
+        """A GPU is pretended: tensors say that they lie on one, and every launch meets what Triton raises."""
+        tensors = randn([5, 6])
+        missing = RuntimeError("Failed to find C compiler.\nPlease specify")
+        for error in (missing, None):
+            mt._trial.cache_clear()
+            with mock.patch.object(torch.Tensor, "is_cuda", True), \
+                    mock.patch.object(mt, "INTERPRETED", False), \
+                    mock.patch.object(mt, "_launch", side_effect=error) as launch:
+                said = [mt.usable(tensors) for _ in range(3)]
+                self.assertEqual(launch.call_count, 1)
+                self.assertIn("float64", mt.usable([tensors[0].double()]))
+            if error:
+                self.assertRegex(said[0], r"cannot compile here \(RuntimeError: Failed to find C compiler.\): "
+                                          "install a C compiler such as gcc, or use triton=False")
+            self.assertEqual(said, [said[0] if error else None] * 3)
+        mt._trial.cache_clear()
 
     def test_fsdp_shards_act_as_the_whole_model(self):
         """Two processes, each with half of every tensor, and of the last bias one with nothing."""
@@ -876,205 +1097,230 @@ class TestKernels(unittest.TestCase):
             torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
             mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
             mt, adamw = sam.kernel_file("multi_tensor"), sam.kernel_file("adamw")
-            make = lambda: torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+            def make():
+                return torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
             torch.manual_seed(0)
             whole, split, x = make(), make(), torch.randn(8, 5)
             split.load_state_dict(whole.state_dict())
             for module in (split[0], split[2], split):
                 fully_shard(module, mesh=mesh)
-            pairs = lambda: [(p.detach(), q.full_tensor().detach()) for p, q in
-                             zip(whole.parameters(), split.parameters())]
-            close = lambda: all(torch.allclose(p, q, rtol=1e-6, atol=1e-7) for p, q in pairs())
-            before = [p.clone() for p, _ in pairs()]
+            def gathered():
+                return [q.full_tensor().detach().clone() for q in split.parameters()]
+            def check():
+                for p, q in zip(whole.parameters(), gathered()):
+                    torch.testing.assert_close(p.detach(), q, rtol=1e-6, atol=1e-7)
+            before = gathered()
             one, other = sam.SAM(whole.parameters(), 0.3, triton=False), sam.SAM(split.parameters(), 0.3)
             assert other.ops is not one.ops and other.ops.__name__ == "multi_tensor"
             opts = [adamw.AdamW(m.parameters(), lr=0.1) for m in (whole, split)]
             opts[1].triton = True
-            for _ in range(2):
-                for m in (whole, split):
+            for step in range(2):
+                for m, s in ((whole, one), (split, other)):
                     m(x).square().mean().backward()
-                one.ascent(), other.ascent()
-                assert close() and not torch.equal(before[0], pairs()[0][1])
+                    s.ascent()
+                check()
+                assert not torch.equal(before[0], gathered()[0])
                 for k in one.stats:
-                    assert torch.allclose(one.stats[k], other.stats[k], rtol=1e-5), (one.stats, other.stats)
-                for m in (whole, split):
+                    torch.testing.assert_close(one.stats[k], other.stats[k], rtol=1e-5, atol=0)
+                for m, s in ((whole, one), (split, other)):
                     m(x).square().mean().backward()
-                one.restore(), other.restore()
-                if not _:
-                    assert all(torch.equal(b, q) for b, (_, q) in zip(before, pairs()))
+                    s.restore()
+                if not step:
+                    assert all(map(torch.equal, before, gathered()))
                 for o in opts:
-                    o.step(), o.zero_grad()
-                assert close()
-            each = mt.global_norm(list(split.parameters()), each=True)
-            assert torch.allclose(each, torch.stack([p.norm() for p in whole.parameters()]), rtol=1e-5)
-            mt.noise_(list(split.parameters()), 1.0, 3)
-            a, b = (pairs()[0][1] - pairs()[0][0]).chunk(2)
+                    o.step()
+                    o.zero_grad()
+                check()
+            before = gathered()
+            stats = mt.noise_(list(split.parameters()), 1.0, 3)
+            moved = [a - b for a, b in zip(gathered(), before)]
+            a, b = moved[0].chunk(2)
             assert not torch.allclose(a, b, atol=0.1), "both shards drew the same noise"
+            norm = torch.cat([t.flatten() for t in moved]).norm()
+            for k in ("norm", "applied_norm"):
+                torch.testing.assert_close(stats[k], norm, rtol=1e-5, atol=0)
             torch.distributed.destroy_process_group()
             print("fine")
         """
         with tempfile.TemporaryDirectory() as folder:
-            runs = [subprocess.Popen([sys.executable, "-c", code, str(rank), f"{folder}/store"], cwd=ROOT,
-                                     env={**os.environ, "TRITON_INTERPRET": "1"}, text=True,
-                                     stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in (0, 1)]
+            env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+            runs = []
+            for rank in "01":
+                runs.append(subprocess.Popen([sys.executable, "-c", code, rank, f"{folder}/store"], env=env,
+                                             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
             for run in runs:
                 out, err = run.communicate(timeout=120)
                 self.assertEqual(out.strip(), "fine", err)
 
     def test_every_kernel_file_works_copied_out_alone(self):
         code = """if True:
-            import importlib.util, sys, torch
-            def load(path):
-                spec = importlib.util.spec_from_file_location("copied", path)
-                module = importlib.util.module_from_spec(spec)
-                spec.loader.exec_module(module)
-                return module
-            mt, adamw = load(sys.argv[1]), load(sys.argv[2])
+            import sys, torch
+            sys.path[:0] = ["a", "b"]
+            import adamw, multi_tensor
             w, g, saved = torch.ones(5), torch.ones(5), []
-            mt.ascent_([w], [g], 1.0, saved)
+            multi_tensor.ascent_([w], [g], 1.0, saved)
             assert abs(w[0] - 1 - 5 ** -0.5) < 1e-6
-            mt.restore_(saved)
+            multi_tensor.restore_(saved)
             p = torch.nn.Parameter(w)
             p.sum().backward()
             adamw.AdamW([p], lr=0.1, weight_decay=0.0, triton=True).step()
             assert abs(p[0] - 0.9) < 1e-6, p
-            print("fine")
+            print(adamw.__file__, multi_tensor.__file__)
         """
         with tempfile.TemporaryDirectory() as folder:
-            copies = [Path(folder) / "a" / "multi_tensor.py", Path(folder) / "b" / "adamw.py"]
-            for copy in copies:
-                copy.parent.mkdir()
-                shutil.copy(ROOT / "kernels" / copy.name, copy)
-            run = subprocess.run([sys.executable, "-c", code, *map(str, copies)], cwd=folder, text=True,
-                                 env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True)
-        self.assertEqual(run.stdout.strip(), "fine", run.stderr)
+            for name in ("a/adamw.py", "b/multi_tensor.py"):
+                path = Path(folder, name)
+                path.parent.mkdir()
+                shutil.copy(ROOT / "kernels" / path.name, path)
+            out = run_code(code, folder=folder, TRITON_INTERPRET="1", PYTHONPATH="")
+            self.assertEqual(out.count(folder), 2)
 
-    def test_the_report_reads_access_widths_and_can_fail(self):
-        with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder) / "k.py"
-            source.write_text("a\nload  # full tile\ntail\n")
-            ptx = ("\t.loc\t1 1 5\t\t\t// k.py:1:5\n\tld.global.b64 { %r1 }, [ %r2 ];\n"
-                   "\t.loc\t1 2 5, function_name $L\t// k.py:2:5\n\t// begin inline asm\n"
-                   "\t.loc\t1 2 5\t// k.py:2:5\n\tmov.u32 %r1;\n\t.loc\t1 3 5\t// k.py:3:5\n"
-                   "\tld.global.v4.b32 { %r1 }, [ %r2 ];\n\t// end inline asm\n\tst.global.b16 [ %r2 ], %r1;"
-                   "\n\t.loc\t1 3 5\t// k.py:3:5\n\t@%p4 ld.global.b16 { %r1 }, [ %r2 ];\n")
-            gcn = ("\t.loc\t1 2 5 is_stmt 1 ; k.py:2:5 @[ k.py:9:9 ]\n\tbuffer_load_dwordx4 v[8:11], v4\n"
-                   "\tglobal_load_ushort v1, v[2:3], off\n\tglobal_store_short_d16_hi v[2:3], v1, off\n"
-                   "\t.loc\t1 2 5 ; other.py:2:5\n\tglobal_load_dword v1, v[2:3], off\n")
-            self.assertEqual(mt.accesses(ptx, str(source)), [16, 2])
-            self.assertEqual(mt.accesses(gcn, str(source)), [16, 2, 2])
-        row = {"spilled": 0, "access_bytes": 16, "bytes_moved": 4.0, "floor": 4}
-        self.assertFalse(mt.misses(row))
-        for worse in ({"spilled": 8}, {"access_bytes": 8}, {"access_bytes": 0}, {"bytes_moved": 6.0}):
-            self.assertTrue(mt.misses({**row, **worse}))
+    def test_the_report_passes_what_is_shipped_and_misses_narrow_accesses(self):
         code = """if True:
-            import json, multi_tensor as mt
-            name, kernel, extra, constants, dtypes, read, written = mt.variants()[0]
-            assert name == "norm bf16", name
-            print(json.dumps([[mt.compiled(kernel, extra, constants, dtypes, *target, aligned=aligned)
-                               for aligned in (True, False)] for target in mt.TARGETS[1::2]]))
+            import json, report
+            variant = report.variants()[0]
+            rows = [report.compiled(variant, target, aligned) for target in report.TARGETS[1::2]
+                    for aligned in (True, False)]
+            print(json.dumps([(row, report.misses(row)) for row in rows]))
         """
-        run = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "kernels", text=True,
-                             capture_output=True)
-        self.assertEqual(run.returncode, 0, run.stderr)
-        for wide, narrow in json.loads(run.stdout):                      # sm_90, gfx942
-            self.assertFalse(mt.misses({**wide, "floor": 2}), wide)
-            self.assertTrue(mt.misses({**narrow, "floor": 2}), narrow)
-            self.assertLess(narrow["access_bytes"], 16)
+        rows = json.loads(run_code(code, folder=ROOT / "kernels"))
+        self.assertEqual([(row["target"], missed) for row, missed in rows],
+                         [("sm_90", False), ("sm_90", True), ("gfx942", False), ("gfx942", True)])
+        self.assertEqual({row["kernel"] for row, _ in rows}, {"norm bf16"})
+        self.assertEqual([row["access_bytes"] for row, _ in rows], [16, 2, 16, 2])
 
 
 def adam_rows(sizes, dtypes, seed=0):
-    """Rows (w, g, m, v) for adamw.adamw_, weights of the size that language models have."""
-    w, g, m, v = (randn(sizes, d, seed + i, s) for i, (d, s) in enumerate(zip(dtypes, (0.02, 1, 0.5, 1))))
-    return list(map(list, zip(w, g, m, [x.abs() for x in v])))
+    """[[w, g, m, v]], weights of the size that language models have."""
+    rows = []
+    for i, n in enumerate(sizes):
+        scales = (0.02, 1, 0.5, 1)
+        row = [randn([n], d, seed + 10 * i + j, scales[j])[0] for j, d in enumerate(dtypes)]
+        row[3].abs_()
+        rows.append(row)
+    return rows
 
 
 @unittest.skipUnless(triton, "triton is not installed here")
-class TestAdamW(unittest.TestCase):
+class AdamW(unittest.TestCase):
     def test_the_kernel_is_the_reference_bit_for_bit(self):
         """In bf16 within 1 ulp where it rounds to nearest, as the interpreter cuts off fp32 instead."""
-        half, full = torch.bfloat16, torch.float32
-        for dtypes, seed in (((full,) * 4, None), ((full,) * 4, 5), ((half, half, full, full), 5),
-                             ((half, full, full, full), None), ((half,) * 4, 2**62 + 5)):
-            ours = adam_rows(TestKernels.SIZES, dtypes)
+        for dtypes, seed in (((FULL,) * 4, None), ((FULL,) * 4, 5), ((HALF, HALF, FULL, FULL), 5),
+                             ((HALF, FULL, FULL, FULL), None), ((HALF,) * 4, 2**62 + 5)):
+            ours = adam_rows(SIZES, dtypes)
             buffer = torch.zeros(400, dtype=dtypes[0])                  # a transposed weight off alignment
-            ours += [[buffer[1:79].view(6, 13).T.copy_(x.view(13, 6)) if i == 0 else
-                      torch.empty_strided((13, 6), (1, 13), dtype=x.dtype).copy_(x.view(13, 6))
-                      for i, x in enumerate(adam_rows([78], dtypes, 9)[0])]]
-            theirs = [[x.clone() for x in row] for row in ours]
-            again = [[x.clone() for x in row] for row in ours]
-            numbers = [adamw.scalars(t + 1, 5e-6, (0.9, 0.99), 1e-8, 0.1) for t in range(len(ours))]
-            tensors, steps = list(range(len(ours))), [t + 1 for t in range(len(ours))]
-            adamw.adamw_(ours, numbers, tensors, steps, seed, chunk=64)
-            adamw.adamw_(again, numbers, tensors, steps, seed, chunk=16)
-            for row, other, n, t, s in zip(ours, theirs, numbers, tensors, steps):
-                bits = None
-                if seed and dtypes[0] == half:
-                    bits = adamw.random_bits_ref(row[0].numel(), t, s, seed)
-                    bits = bits.as_strided(row[0].shape, row[0].stride())
-                adamw.adamw_ref(*other, n, bits)
-                for i, (a, b) in enumerate(zip(row, other)):
-                    exact = a.dtype == full or (i == 0 and seed)
-                    self.assertLessEqual(ulps(a, b), 0 if exact else 1, (dtypes, i))
+            last = [x.view(6, 13).T for x in adam_rows([78], dtypes, 9)[0]]
+            last[0] = buffer[1:79].view(6, 13).T.copy_(last[0])
+            ours.append(last)
+            theirs = list(map(copies, ours))
+            again = list(map(copies, ours))
+            rests = []
+            for t in range(len(ours)):
+                rests.append((adamw.scalars(t + 1, 5e-6, (0.9, 0.99), 1e-8, 0.1), t, t + 1))
+            adamw.adamw_([(*row, *rest) for row, rest in zip(ours, rests)], seed, chunk=64)
+            adamw.adamw_([(*row, *rest) for row, rest in zip(again, rests)], seed, chunk=16)
             self.assertTrue(same(sum(ours, []), sum(again, [])))
-            self.assertFalse(same([ours[-1][0]], [adam_rows([78], dtypes, 9)[0][0].view(13, 6)]))
-            self.assertTrue(same([buffer[:1], buffer[79:]], [torch.zeros_like(buffer[:1]),
-                                                             torch.zeros_like(buffer[79:])]))
-        row = adam_rows([20], (full,) * 4)[0]
-        self.assertRaisesRegex(ValueError, "strides", adamw.adamw_, [[row[0].view(4, 5).T, *row[1:]]],
-                               [adamw.scalars(1, 1, (0, 0), 0, 0)], [0], [1])
-        self.assertRaisesRegex(ValueError, "float64", adamw.adamw_, [[row[0].double(), *row[1:]]],
-                               [adamw.scalars(1, 1, (0, 0), 0, 0)], [0], [1])
+            for row, other, rest in zip(ours, theirs, rests):
+                adamw.adamw_ref(*other, *rest, seed)
+                for i, (a, b) in enumerate(zip(row, other)):
+                    exact = a.dtype == FULL or (i == 0 and seed)
+                    self.assertLessEqual(ulps(a, b), 0 if exact else 1, (dtypes, i))
+            self.assertTrue(buffer[1:79].any() and not buffer[:1].any() and not buffer[79:].any())
+
+    def test_other_orders_and_dtypes_are_refused(self):
+        w, g, m, v = adam_rows([20], (FULL,) * 4)[0]
+        rest = (adamw.scalars(1, 1, (0, 0), 0, 0), 0, 1)
+        for row, why in (((w.view(4, 5).T, g, m, v), "strides"), ((w[::2], g[::2], m[::2], v[::2]), "strides"),
+                         ((w.double(), g, m, v), "float64"), ((w, g, m.bfloat16(), v), "bfloat16")):
+            self.assertRaisesRegex(ValueError, why, adamw.adamw_, [(*row, *rest)])
+        p = torch.nn.Parameter(w)
+        p.grad = g
+        with mock.patch.object(adamw, "INTERPRETED", False):
+            self.assertRaisesRegex(ValueError, "GPU tensors", adamw.AdamW([p], triton=True).step)
+        self.assertRaises(ValueError, adamw.AdamW, [p], lr=-1.0)
+
+    def groups(self, params):
+        return [{"params": params[:1], "lr": 0.01, "weight_decay": 0.3},
+                {"params": params[1:], "betas": (0.8, 0.95), "eps": 1e-3}]
 
     def test_steps_are_those_of_torch_in_fp64(self):
         """Groups with rates and decays of their own, and a parameter that has no gradient at first."""
-        params = [torch.nn.Parameter(x) for x in randn([30, 5, 9], scale=0.1)]
+        params = list(map(torch.nn.Parameter, randn([30, 5, 9], scale=0.1)))
         exact = [torch.nn.Parameter(p.detach().double()) for p in params]
-        groups = lambda ps: [{"params": ps[:1], "lr": 0.01, "weight_decay": 0.3},
-                             {"params": ps[1:], "betas": (0.8, 0.95), "eps": 1e-3}]
         for triton in (False, True):
-            one, other = adamw.AdamW(groups(params), triton=triton), torch.optim.AdamW(groups(exact))
+            one = adamw.AdamW(self.groups(params), triton=triton)
+            other = torch.optim.AdamW(self.groups(exact))
             for step in range(4):
                 for i, (p, q) in enumerate(zip(params, exact)):
                     if i != 2 or step > 1:
                         p.grad = randn([p.numel()], seed=10 * step + i)[0]
                         q.grad = p.grad.double()
-                loss = one.step(lambda: 7.0)
+                self.assertEqual(one.step(lambda: 7.0), 7.0)
                 other.step()
-                one.param_groups[0]["lr"] = other.param_groups[0]["lr"] = 0.02
-            self.assertEqual(loss, 7.0)
+                one.param_groups[0]["lr"] = 0.02
+                other.param_groups[0]["lr"] = 0.02
             for p, q in zip(params, exact):
                 torch.testing.assert_close(p.detach().double(), q.detach(), rtol=1e-5, atol=1e-7)
             self.assertEqual([one.state[p]["step"] for p in params], [4, 4, 2])
-            one.zero_grad(), other.zero_grad()
-            self.assertTrue(all(p.grad is None for p in params))
-        self.assertRaises(ValueError, adamw.AdamW, params, lr=-1.0)
-        params[0].grad = torch.ones(30)
-        with mock.patch.object(adamw, "INTERPRETED", False):
-            self.assertRaisesRegex(ValueError, "GPU tensors", adamw.AdamW(params, triton=True).step)
+            one.zero_grad()
+            other.zero_grad()
+
+    def run_on(self, optimizer, p, steps):
+        for step in steps:
+            p.grad = randn([50], HALF, step)[0]
+            optimizer.step()
 
     def test_a_saved_state_goes_on_bit_for_bit_with_its_dtype(self):
-        def go(optimizer, p, steps):
-            for step in steps:
-                p.grad = randn([50], torch.bfloat16, step)[0]
-                optimizer.step()
-        make = lambda p, seed: adamw.AdamW([p], lr=1e-3, stochastic_rounding=True, seed=seed,
-                                           state_dtype=torch.float32)
-        p = torch.nn.Parameter(randn([50], torch.bfloat16, scale=0.02)[0])
-        first = make(p, seed=3)
-        go(first, p, range(3))
-        q, saved = torch.nn.Parameter(p.detach().clone()), io.BytesIO()
+        flags = {"lr": 1e-3, "stochastic_rounding": True, "state_dtype": FULL}
+        p = torch.nn.Parameter(randn([50], HALF, scale=0.02)[0])
+        first = adamw.AdamW([p], seed=3, **flags)
+        self.run_on(first, p, range(3))
+        q = torch.nn.Parameter(p.detach().clone())
+        saved = io.BytesIO()
         torch.save(first.state_dict(), saved)
         saved.seek(0)
-        second = make(q, seed=3)
+        second = adamw.AdamW([q], seed=3, **flags)
         second.load_state_dict(torch.load(saved))
-        self.assertEqual(second.state[q]["exp_avg_sq"].dtype, torch.float32)
-        go(first, p, range(3, 6)), go(second, q, range(3, 6))
-        self.assertTrue(same([p, *(first.state[p][k] for k in ("exp_avg", "exp_avg_sq"))],
-                             [q, *(second.state[q][k] for k in ("exp_avg", "exp_avg_sq"))]))
+        self.assertEqual(second.state[q]["exp_avg_sq"].dtype, FULL)
+        self.run_on(first, p, range(3, 6))
+        self.run_on(second, q, range(3, 6))
+        for key in ("exp_avg", "exp_avg_sq"):
+            self.assertTrue(same([p, first.state[p][key]], [q, second.state[q][key]]))
         other = torch.nn.Parameter(q.detach().clone())
-        go(make(other, seed=4), other, range(1)), go(make(q, seed=3), q, range(1))
+        self.run_on(adamw.AdamW([other], seed=4, **flags), other, range(1))
+        self.run_on(adamw.AdamW([q], seed=3, **flags), q, range(1))
         self.assertFalse(torch.equal(q, other))                                   # another seed, other bits
+
+    def test_without_triton_the_torch_path_gives_the_same_and_the_kernel_is_refused(self):
+        code = """if True:
+            import sys, torch
+            sys.modules["triton"] = None                            # as where it is not installed
+            sys.path.insert(0, sys.argv[1])
+            import adamw
+            w, g = torch.load(sys.argv[2])
+            p = torch.nn.Parameter(w)
+            optimizer = adamw.AdamW([p], lr=1e-3, stochastic_rounding=True, state_dtype=torch.float32)
+            p.grad = g
+            optimizer.step()
+            print(optimizer.by_kernel())
+            torch.save([p.detach(), optimizer.state[p]["exp_avg"]], sys.argv[2])
+            for work in (lambda: adamw.AdamW([p], triton=True), lambda: __import__("multi_tensor")):
+                try:
+                    work()
+                except (ValueError, ImportError) as e:
+                    print(type(e).__name__, e)
+        """
+        w, g = randn([200], HALF, 1, 0.02) + randn([200], HALF, 2)
+        p = torch.nn.Parameter(w.clone())
+        p.grad = g
+        optimizer = adamw.AdamW([p], lr=1e-3, stochastic_rounding=True, state_dtype=FULL, triton=True)
+        self.assertTrue(optimizer.by_kernel())
+        optimizer.step()
+        with tempfile.NamedTemporaryFile() as file:
+            torch.save([w, g], file.name)
+            out = run_code(code, ROOT / "kernels", file.name)
+            self.assertTrue(same(torch.load(file.name), [p, optimizer.state[p]["exp_avg"]]))
+        self.assertRegex(out, r"^False\nValueError .*triton cannot be imported here.*\nModuleNotFoundError ")
 
     def test_stochastic_rounding_is_exact_on_average_and_between_neighbours(self):
         """Over all 65,536 random words the mean of the rounded value is the value, to the last bit."""
@@ -1083,13 +1329,11 @@ class TestAdamW(unittest.TestCase):
             x = torch.tensor(x)
             rounded = adamw.stochastic_round_ref(x.expand(65536).contiguous(), bits).double()
             self.assertEqual(rounded.mean().item(), x.double().item())
-            near = x.bfloat16().double()
             self.assertLessEqual(len(rounded.unique()), 2)
-            self.assertIn(near, rounded if x == near else rounded.unique())
+            self.assertIn(x.bfloat16().double(), rounded)
             self.assertLess((rounded - x).abs().max(), max(x.abs() * 2**-7, 1e-40))
-        bad = torch.tensor([math.inf, -math.inf, math.nan])
         for b in (0, 65535):
-            got = adamw.stochastic_round_ref(bad, torch.full((3,), b, dtype=torch.int32))
+            got = adamw.stochastic_round_ref(torch.tensor([math.inf, -math.inf, math.nan]), torch.tensor(b).int())
             self.assertEqual(str(got.tolist()), "[inf, -inf, nan]")
         words = adamw.random_bits_ref(400_000, 2, 7, 1)
         self.assertTrue(0 <= words.min() and words.max() < 65536)
@@ -1100,470 +1344,371 @@ class TestAdamW(unittest.TestCase):
             self.assertAlmostEqual(np.corrcoef(words, other)[0, 1], 0, delta=0.01)
 
     def test_bf16_at_a_small_rate_loses_most_steps_to_nearest_and_none_on_average(self):
-        """lr 5e-6 on weights of N(0, 0.02), as language models begin: to nearest, of torch.optim and of ours,
-        only the 8% smallest weights move at all."""
-        w, g = (randn([400_000], torch.bfloat16, s, c)[0] for s, c in ((1, 0.02), (2, 1.0)))
-        share, gain = {}, {}
-        for name, make in (("torch", torch.optim.AdamW), ("nearest", adamw.AdamW),
-                           ("stochastic", lambda *a, **k: adamw.AdamW(*a, stochastic_rounding=True, **k))):
+        """lr 5e-6 on weights of N(0, 0.02), as language models begin: to nearest, of torch.optim and of
+        ours, only the 8% smallest weights move at all."""
+        w, g = randn([400_000], HALF, 1, 0.02) + randn([400_000], HALF, 2)
+        share = {}
+        for name, kind, flags in (("torch", torch.optim.AdamW, {}), ("nearest", adamw.AdamW, {}),
+                                  ("stochastic", adamw.AdamW, {"stochastic_rounding": True})):
             p = torch.nn.Parameter(w.clone())
             p.grad = g.clone()
-            make([p], lr=5e-6, weight_decay=0.0).step()
+            kind([p], lr=5e-6, weight_decay=0.0, **flags).step()
             step = (p.detach() - w).double()
             share[name] = (step != 0).double().mean().item()
-            gain[name] = -(step * g.sign()).mean().item() / 5e-6
-        print(f"[moved: {share['nearest']:.3f} to nearest, {share['stochastic']:.3f} stochastic] ", end="")
+            gain = -(step * g.sign()).mean().item() / 5e-6
+        print(f"[moved: {share}, gain {gain:.3f}] ", end="")
         self.assertLess(share["torch"], 0.1)
         self.assertLess(share["nearest"], 0.1)
-        self.assertAlmostEqual(gain["stochastic"], 1, delta=0.05)                         # 6 standard errors
+        self.assertAlmostEqual(gain, 1, delta=0.05)                                # 6 standard errors
 
     def test_a_bf16_run_with_stochastic_rounding_tracks_fp32_and_to_nearest_does_not(self):
         g = torch.Generator().manual_seed(0)
         start = (torch.randn(48, 48, generator=g) * 0.02).bfloat16()
         goal = start.float() + 2e-3 * torch.randn(48, 48, generator=g).sign()
-        x, moved, loss = torch.randn(256, 48, generator=g), {}, {}
-        for name, dtype, stochastic in (("fp32", torch.float32, False), ("stochastic", torch.bfloat16, True),
-                                        ("nearest", torch.bfloat16, False)):
+        x = torch.randn(256, 48, generator=g)
+        first = (x @ (start.float() - goal).T).square().mean().item()
+        moved = {}
+        left = {}
+        for name, dtype, stochastic in (("fp32", FULL, False), ("stochastic", HALF, True),
+                                        ("nearest", HALF, False)):
             p = torch.nn.Parameter(start.to(dtype, copy=True))
             optimizer = adamw.AdamW([p], lr=5e-6, weight_decay=0.0, stochastic_rounding=stochastic)
-            error = lambda: (x @ (p.float() - goal).T).square().mean()
-            first = error().item()
             for _ in range(300):
-                error().backward()
-                optimizer.step(), optimizer.zero_grad()
-            moved[name], loss[name] = (p.detach().float() - start.float()).flatten(), error().item() / first
-        print(f"[share of the loss left: {loss}] ", end="")
+                (x @ (p.float() - goal).T).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            moved[name] = (p.detach().float() - start.float()).flatten()
+            left[name] = (x @ (p.detach().float() - goal).T).square().mean().item() / first
+        print(f"[share of the loss left: {left}] ", end="")
         along = {k: (m @ moved["fp32"] / moved["fp32"].square().sum()).item() for k, m in moved.items()}
         self.assertAlmostEqual(along["stochastic"], 1, delta=0.05)
         self.assertLess(along["nearest"], 0.2)
-        self.assertLess(loss["stochastic"], loss["fp32"] + 0.1)
-        self.assertGreater(loss["nearest"], 0.7)
+        self.assertLess(left["stochastic"], left["fp32"] + 0.1)
+        self.assertGreater(left["nearest"], 0.7)
 
 
-# ---- unlearn.py: losses -----------------------------------------------------------------------------------
+# ---- data/losses.py -----------------------------------------------------------------------------------
 
-class TestLosses(unittest.TestCase):
-    def test_values_by_hand(self):
-        logp, ref = torch.tensor([-1.0, -2.0]).double(), torch.tensor([-1.5, -1.0]).double()
-        loss = lambda *a, **k: unlearn.forget_loss(*a, **k).tolist()
-        self.assertEqual(loss("ga", logp), [-1.0, -2.0])
-        self.assertEqual(loss("graddiff", logp), [-1.0, -2.0])
-        for got, x in zip(loss("npo", logp, ref, 0.5), (0.5 * 0.5, 0.5 * -1.0)):     # beta * (logp - ref)
-            self.assertAlmostEqual(got, 4 * math.log(1 + math.exp(x)))               # 2/beta log(1 + e^x)
-        for got, x in zip(loss("simnpo", logp, beta=0.5, margin=0.3), (-0.5 + 0.3, -1.0 + 0.3)):
-            self.assertAlmostEqual(got, 4 * math.log(1 + math.exp(x)))
-        chosen, chosen_ref = torch.tensor([-3.0, -3.0]).double(), torch.tensor([-3.5, -2.0]).double()
-        for got, x in zip(loss("dpo", logp, ref, 0.5, chosen=chosen, chosen_ref=chosen_ref),
-                          (0.5 * (0.5 - 0.5), 0.5 * (-1.0 + 1.0))):
-            self.assertAlmostEqual(got, 2 * math.log(1 + math.exp(-x)))
+def nll(model, ids, reduction="mean"):
+    """Negative log-probability of the tokens of a sample, the sample alone."""
+    logits = model(torch.tensor([ids])).logits[0, :-1]
+    return F.cross_entropy(logits, torch.tensor(ids[1:]), reduction=reduction)
 
-    def test_npo_gradient_is_the_published_adaptive_weight(self):
-        """NPO paper, eq. 4: the ga gradient times 2 p^beta / (p^beta + p_ref^beta); weight 1 at the
-        reference."""
-        for beta in (0.05, 0.5, 2.0):
-            logp = torch.tensor([-1.0, -2.0, -5.0], dtype=torch.float64, requires_grad=True)
-            ref = torch.tensor([-1.0, -1.0, -1.0], dtype=torch.float64)
-            grad, = torch.autograd.grad(unlearn.forget_loss("npo", logp, ref, beta).sum(), logp)
-            p, q = logp.detach().exp() ** beta, ref.exp() ** beta
-            torch.testing.assert_close(grad, 2 * p / (p + q))
-            self.assertAlmostEqual(grad[0].item(), 1.0)
 
-    def test_npo_with_small_beta_is_gradient_ascent(self):
-        logp = torch.tensor([-1.0, -7.0], dtype=torch.float64, requires_grad=True)
-        loss = unlearn.forget_loss("npo", logp, torch.zeros(2).double(), beta=1e-6)
-        grad, = torch.autograd.grad(loss.sum(), logp)
-        torch.testing.assert_close(grad, torch.ones(2).double(), atol=1e-5, rtol=0)
+def unlearn_args(flags):
+    """What unlearn.py runs with these flags on the little model."""
+    always = "--out /nowhere --device cpu --sam_rho 0.01 --rmu_layer 1 --rmu_alpha 3 "
+    return unlearn.parse_args((always + flags).split())
 
-    def test_the_sigmoid_is_taken_for_each_sample_not_of_the_batch_mean(self):
-        logp, ref = torch.tensor([-1.0, -9.0]).double(), torch.tensor([-5.0, -5.0]).double()
-        per_sample = unlearn.forget_loss("npo", logp, ref, 1.0).mean()
-        of_mean = unlearn.forget_loss("npo", logp.mean(), ref.mean(), 1.0)
-        self.assertGreater(abs(per_sample - of_mean), 0.5)
 
-    def test_token_logps_match_a_loop_over_single_tokens(self):
-        model, tok = little_llama(), words()
-        samples = evaluate.encode(tok, [("", TEXTS[3], ""), ("Question: who sat? Answer:", " the cat", "")],
-                                 64)
-        logps, mask = evaluate.token_logps(model, evaluate.collate(samples, tok.pad_token_id))
-        for row, (ids, labels) in enumerate(samples):
-            for t in range(1, len(ids)):
-                self.assertEqual(mask[row, t - 1].item(), labels[t] != -100)
-                if labels[t] != -100:
-                    p = model(torch.tensor([ids[:t]])).logits[0, -1].softmax(-1)[ids[t]]
-                    self.assertAlmostEqual(logps[row, t - 1].item(), p.log().item(), places=10)
-                else:
-                    self.assertEqual(logps[row, t - 1].item(), 0)
-        self.assertEqual([l for l in samples[1][1] if l != -100], tok("the cat").input_ids[1:])
-        mean, total = (unlearn.sample_logps(model, evaluate.collate(samples, 0), r) for r in ("mean", "sum"))
-        torch.testing.assert_close(mean * torch.tensor([7.0, 2.0]).double(), total)
+class Losses(unittest.TestCase):
+    def test_values_by_hand_and_the_published_gradient_of_npo(self):
+        """All but ga are c/beta log(1 + e^x). NPO paper, eq. 4: its gradient is that of ga times
+        2 p^beta / (p^beta + p_ref^beta)."""
+        chosen = {"logp": torch.tensor([-3.0, -3.0]), "ref": torch.tensor([-3.5, -4.0])}
+        logp = torch.tensor([-1.0, -2.0], requires_grad=True)
+        batch = {"logp": logp, "ref": torch.tensor([-1.5, -1.0]), "chosen": chosen}
+        want = {"ga": [-1, -2], "graddiff": [-1, -2], "npo": 4 * np.logaddexp(0, [0.5 * 0.5, 0.5 * -1]),
+                "simnpo": 4 * np.logaddexp(0, [0.5 * -1 + 0.3, 0.5 * -2 + 0.3]),
+                "dpo": 2 * np.logaddexp(0, [-0.5 * (0.5 - 0.5), -0.5 * (1 + 1)])}
+        self.assertEqual(want.keys(), losses.FORGET.keys())
+        for name, values in want.items():
+            args = SimpleNamespace(beta=0.5, margin=0.3)
+            got = losses.FORGET[name](lambda some: some["logp"], batch, args)
+            np.testing.assert_allclose(got.detach(), values, rtol=1e-6)
+            if name == "npo":
+                got.sum().backward()
+                p = torch.exp(0.5 * logp)
+                torch.testing.assert_close(logp.grad, 2 * p / (p + torch.exp(0.5 * batch["ref"])))
 
-    def test_padding_and_prompts_never_count_as_labels(self):
-        """Whatever the pad token, however wide the padding and whatever the prompt's own labels would be,
-        loss and gradient stay those of the sample alone."""
-        model, tok = little_llama(), words()
-        short, long = evaluate.encode(tok, [("Question: who", " sat?", ""), ("", TEXTS[3], "")], 64)
+    def test_the_cached_reference_is_a_live_reference_model(self):
+        model = little_llama()
+        samples = text_samples()
+        for reduce in ("mean", "sum"):
+            ref = losses.reference_logps(model, samples, 2, 0, reduce)
+            np.testing.assert_allclose(ref, [-nll(model, ids, reduce).item() for ids, _ in samples])
+            micro = losses.micro_batches(samples, [3, 0, 4], 2, 0, "cpu", ref)
+            self.assertEqual([batch["ref"].tolist() for batch in micro], [[ref[3], ref[0]], [ref[4]]])
+            npo = losses.forget_sum(SimpleNamespace(loss="npo", beta=0.3, reduce=reduce))
+            at_reference = losses.descend(model, micro, npo, "samples")
+            self.assertAlmostEqual(at_reference.item(), 2 / 0.3 * math.log(2), places=9)
 
-        def gradient(batch, rows):
+    def test_kl_and_the_distances_of_rmu_match_loops_over_single_samples(self):
+        model = little_llama()
+        frozen = little_llama(seed=1)
+        states = {}
+        for layer in (model.model.layers[1], frozen.model.layers[1]):
+            layer.register_forward_hook(lambda module, inputs, out: states.update({module: out}))
+        goal = losses.rmu_goal(model, 6.5, torch.float64)
+        self.assertAlmostEqual(goal.norm().item(), 6.5)
+        want = np.zeros(3)
+        for ids, _ in text_samples():
+            p, q = (m(torch.tensor([ids])).logits[0, :-1].detach().softmax(-1) for m in (model, frozen))
+            hidden, kept = (out.detach() for out in states.values())
+            want += [(q * (q / p).log()).sum(), (hidden - goal).square().mean(-1).sum(),
+                     (hidden - kept).square().mean(-1).sum()]
+        batch = models.collate(text_samples(), 0)
+        sums = (losses.kl_sum(frozen), losses.rmu_forget_sum(1, goal), losses.rmu_retain_sum(1, frozen))
+        np.testing.assert_allclose([total(model, batch).item() for total in sums], want)
+
+    def gradient(self, flags, size):
+        """The two losses and the gradient of a second step over micro-batches of `size`."""
+        args = unlearn_args(f"{flags} --micro_batch {size}")
+        model = little_llama()
+        params = list(model.parameters())
+        forget, retain = unlearn.objectives(args, model, little_llama(seed=1))
+        ref = torch.linspace(-3, -1, 5).double()
+        chosen = text_samples(TEXTS[::-1]) if args.loss == "dpo" else None
+        texts = SimpleNamespace(forget=text_samples(), ref=ref, chosen=chosen, chosen_ref=ref - 1)
+        micro = unlearn.forget_batches(texts, [4, 1, 3, 0, 2], args, 0)
+
+        def attack():
+            return losses.descend(model, micro, losses.nll_sum, "labels")
+        smoother = unlearn.SMOOTHERS[args.smooth](args, params, params)
+        for _ in range(2):                                           # momentum looks back
             model.zero_grad()
-            loss = unlearn.sample_logps(model, batch)[rows].sum()
-            loss.backward()
-            return loss.item(), flat(p.grad for p in model.parameters())
-        alone, want = gradient(evaluate.collate([short], 0), [0])
-        for pad in (0, 2, 5):
-            padded, got = gradient(evaluate.collate([long, short], pad), [1])
-            self.assertAlmostEqual(padded, alone, places=10)
-            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
-        batch = evaluate.collate([long, short], 0)
-        self.assertTrue((batch["labels"][batch["attention_mask"] == 0] == -100).all())
-
-    def test_cached_reference_equals_a_live_reference_model(self):
-        model, tok = little_llama(), words()
-        args = unlearn.parse_args(["--out", "/nowhere", "--micro_batch", "2"])
-        samples = evaluate.encode_rows(tok, [{"text": t, "where": ""} for t in TEXTS], 64)
-        ref = unlearn.reference_logps(model, samples, args, 0)
-        live = little_llama()                                             # an independent copy of the weights
-        for i, sample in enumerate(samples):
-            self.assertAlmostEqual(ref[i].item(),
-                                   unlearn.sample_logps(live, evaluate.collate([sample], 0)).item())
-        picked = unlearn.micro_batches(samples, [3, 0, 4], 2, 0, "cpu", ref)
-        self.assertEqual([b["ref"].tolist() for b in picked], [[ref[3], ref[0]], [ref[4]]])
-        f_loss = unlearn.forget_backward(model, picked, None, args).item()
-        self.assertAlmostEqual(f_loss, 2 / args.beta * math.log(2), places=10)      # npo at the reference
-
-    def test_kl_is_zero_at_the_frozen_model_and_matches_a_loop_elsewhere(self):
-        model, frozen, tok = little_llama(), little_llama(seed=1), words()
-        samples = evaluate.encode_rows(tok, [{"text": t, "where": ""} for t in TEXTS[:2]], 64)
-        batch = evaluate.collate(samples, 0)
-        self.assertAlmostEqual(unlearn.kl_sum(model, model, batch).item(), 0, places=10)
-        want = 0.0
-        for ids, _ in samples:
-            q, p = (m(torch.tensor([ids])).logits[0, :-1].softmax(-1) for m in (frozen, model))
-            want += (q * (q / p).log()).sum().item()
-        self.assertAlmostEqual(unlearn.kl_sum(model, frozen, batch).item(), want, places=8)
-
-    def test_rmu_distance_ignores_padding_and_uses_the_layer_asked_for(self):
-        model, tok = little_llama(), words()
-        samples = evaluate.encode_rows(tok, [{"text": t, "where": ""} for t in TEXTS[:2]], 64)
-        batch, seen = evaluate.collate(samples, 0), []
-        hook = model.model.layers[1].register_forward_hook(
-            lambda m, i, o: seen.append(o[0] if isinstance(o, tuple) else o))
-        hidden = unlearn.hidden_states(model, batch, 1)
-        hook.remove()
-        torch.testing.assert_close(hidden, seen[0])
-        goal = torch.randn(16, dtype=torch.float64)
-        want = sum((hidden[b, t] - goal).square().mean().item() for b, (ids, _) in enumerate(samples)
-                   for t in range(len(ids)))
-        self.assertAlmostEqual(unlearn.distance_sum(hidden, goal, batch).item(), want, places=8)
+            f_loss = smoother(lambda: forget(micro), *[attack] * (args.sam_direction == "lookahead"))
+        numbers = torch.tensor([f_loss, retain(micro)], dtype=torch.float64)
+        return torch.cat([numbers, flat(p.grad for p in params if p.grad is not None)])
 
     def test_micro_batches_give_the_same_gradient_for_every_loss_and_smoother(self):
-        tok = words()
-        rows = [{"text": t, "where": ""} for t in TEXTS]
-        other = evaluate.encode(tok, [("Question: who sat? Answer:", " one two", "")], 64) * 5
-        combos = [(l, "sam --sam_rho 0.1") for l in ("npo", "graddiff", "ga", "simnpo", "dpo", "rmu")]
-        combos += [("npo+kl", "none")] + [("npo", s) for s in ("none", "rs", "gp", "cr")]
-        combos += [(l, f"sam --sam_direction {d} --sam_norm {n} --sam_rho 0.01") for l, d, n in (
-            ("npo", "momentum", "linf"), ("rmu", "momentum", "l2"), ("dpo", "lookahead", "linf"),
-            ("graddiff", "lookahead", "l2"), ("simnpo", "gradient", "linf"))]
-        for loss, smooth in combos:
-            results = []
-            for size in (5, 2, 1):
-                args = unlearn.parse_args(["--out", "/nowhere", "--loss", loss.split("+")[0],
-                                           "--smooth", *smooth.split(), "--rmu_alpha", "3",
-                                           *(["--retain", "kl"] if "kl" in loss else [])])
-                args.rmu_layer = 1
-                model, frozen = little_llama(), little_llama(seed=1)
-                samples, picks = evaluate.encode_rows(tok, rows, 64), [4, 1, 3, 0, 2]
-                ref, goal = torch.linspace(-3, -1, 5).double(), torch.ones(16).double()
-                f = unlearn.micro_batches(samples, picks, size, 0, "cpu", ref)
-                c = unlearn.micro_batches(other, picks, size, 0, "cpu", ref - 1) if loss == "dpo" else None
-                smoother = unlearn.make_smoother(args, list(model.named_parameters()))
-                if "lookahead" in smooth:
-                    smoother = functools.partial(
-                        smoother, attack=lambda: unlearn.mean_backward(model, f, "nll"))
-                for _ in range(2 if "momentum" in smooth else 1):
-                    model.zero_grad()
-                    f_loss = smoother(lambda: unlearn.forget_backward(model, f, c, args, goal))
-                r_loss = unlearn.retain_backward(model, unlearn.micro_batches(samples, picks, size, 0, "cpu"),
-                                                 args, frozen)
-                grads = [p.grad for p in model.parameters() if p.grad is not None]
-                results.append(torch.cat([flat(grads), torch.tensor([f_loss, r_loss]).double()]))
-            for got in results[1:]:
-                torch.testing.assert_close(got, results[0], rtol=1e-8, atol=1e-10, msg=f"{loss} {smooth}")
-            self.assertGreater(results[0].norm().item(), 1e-3)
+        lines = [f"--loss {name}" for name in (*losses.FORGET, "rmu")]
+        lines += [f"--smooth {name}" for name in unlearn.SMOOTHERS if name != "sam"]
+        lines += ["--smooth none --retain kl", "--smooth none --reduce sum", "--sam_direction random",
+                  "--loss simnpo --sam_norm linf", "--sam_direction momentum --sam_norm linf",
+                  "--loss rmu --sam_direction momentum", "--loss graddiff --sam_direction lookahead",
+                  "--loss dpo --sam_direction lookahead --sam_norm linf"]
+        for line in lines:
+            whole = self.gradient(line, 5)
+            self.assertGreater(whole.norm().item(), 1e-3)
+            for size in (2, 1):
+                np.testing.assert_allclose(self.gradient(line, size), whole, 1e-8, 1e-10, err_msg=line)
 
-    def test_the_step_adds_gamma_times_the_retain_gradient_at_theta(self):
-        model, tok = little_llama(), words()
-        args = unlearn.parse_args(
-            ["--out", "/nowhere", "--loss", "graddiff", "--sam_rho", "0.5", "--gamma", "3"])
-        samples = evaluate.encode_rows(tok, [{"text": t, "where": ""} for t in TEXTS], 64)
-        f, r = (unlearn.micro_batches(samples, picks, 9, 0, "cpu") for picks in ([0, 1], [2, 3, 4]))
-        smoother = unlearn.make_smoother(args, list(model.named_parameters()))
-        smoother(lambda: unlearn.forget_backward(model, f, None, args))
-        unlearn.retain_backward(model, r, args)
-        got = flat(p.grad for p in model.parameters())
+    def test_a_step_adds_gamma_times_the_retain_gradient_at_theta(self):
+        """SGD at a rate of 1 moves the weights by what the step calls the gradient."""
+        flags = "--loss graddiff --sam_rho .5 --gamma 3 --lr 1 --warmup 0 --clip 0"
+        run = unlearn.Unlearning(unlearn_args(flags), little_llama())
+        run.optimizer = torch.optim.SGD(run.params)
+        start = flat(run.params)
+        samples = text_samples()
+        run.step(0, losses.micro_batches(samples, [0, 1], 9, 0, "cpu"),
+                 losses.micro_batches(samples, [2, 3], 9, 0, "cpu"), None)
+        got = start - flat(run.params)
 
-        params = list(model.parameters())                               # the same by hand, loops over samples
-        nll = lambda ids: F.cross_entropy(model(torch.tensor([ids])).logits[0, :-1], torch.tensor(ids[1:]))
-        forget = lambda: -(nll(samples[0][0]) + nll(samples[1][0])) / 2
-        labels = [len(samples[i][0]) - 1 for i in (2, 3, 4)]
-        retain = sum(nll(samples[i][0]) * n for i, n in zip((2, 3, 4), labels)) / sum(labels)
-        g_retain = flat(torch.autograd.grad(retain, params))
-        g = torch.autograd.grad(forget(), params)
-        norm = flat(g).norm()
+        model = little_llama()                                       # the same by hand
+        params = list(model.parameters())
+        a, b, c, d = (ids for ids, _ in samples[:4])
+
+        def forget_gradient():
+            return torch.autograd.grad(-(nll(model, a) + nll(model, b)) / 2, params)
+        retain = (nll(model, c, "sum") + nll(model, d, "sum")) / (len(c) + len(d) - 2)
+        retain = torch.autograd.grad(retain, params)
+        ascent = forget_gradient()
         with torch.no_grad():
-            for p, d in zip(params, g):
-                p.add_(0.5 * d / norm)
-        want = flat(torch.autograd.grad(forget(), params)) + 3 * g_retain
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-6)  # Llama's norm computes in fp32 even here
-        self.assertGreater(want.norm().item(), 1.0)
+            for p, g in zip(params, ascent):
+                p.add_(0.5 * g / flat(ascent).norm())
+        want = flat(forget_gradient()) + 3 * flat(retain)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-6)  # Llama's norm is in fp32 even here
 
 
-# ---- unlearn.py: data and flags ---------------------------------------------------------------------------
+# ---- data/models.py -----------------------------------------------------------------------------------
 
-class TestInput(unittest.TestCase):
+class Models(unittest.TestCase):
     def setUp(self):
-        self.folder = Path(tempfile.mkdtemp())
-        self.addCleanup(shutil.rmtree, self.folder)
+        self.model = little_llama()
+        self.tokenizer = words()
+        triples = [("", TEXTS[3], ""), ("Question: who?", " the cat", ""), ("", TEXTS[1], "")]
+        self.samples = models.encode(self.tokenizer, triples, 64)
+        self.batch = models.collate(self.samples, 0)
 
-    def write(self, *lines):
-        (self.folder / "x.jsonl").write_text("\n".join(lines), encoding="utf-8")
-        return self.folder / "x.jsonl"
+    def gradient(self, total, batch):
+        """One vector of total(model, batch) and its gradient."""
+        self.model.zero_grad()
+        loss = total(self.model, batch)
+        loss.backward()
+        return torch.cat([loss.detach().reshape(1), flat(p.grad for p in self.model.parameters())])
 
-    def test_each_documented_row_is_read(self):
-        path = self.write('{"text": "a"}', "", '"bare"', '{"prompt": "p", "completion": "c"}',
-                          '{"text": "b", "fact": 3}')
-        rows = evaluate.read_jsonl(path, evaluate.text_row)
-        self.assertEqual(
-            [{k: v for k, v in r.items() if k != "where"} for r in rows],
-            [{"text": "a"}, {"text": "bare"}, {"prompt": "p", "completion": "c"}, {"text": "b", "fact": 3}])
-        self.assertEqual(rows[2]["where"], f"{path}:4")
+    def test_token_logps_and_scores_match_a_loop_over_single_tokens(self):
+        logps, mask = models.token_logps(self.model, self.batch)
+        self.assertEqual(mask.sum(1).tolist(), [7, 2, 3])            # no prompt, no padding
+        scored = models.label_scores(self.model, self.tokenizer, self.samples)
+        for row, (ids, labels) in enumerate(self.samples):
+            want = np.zeros(mask.shape[1])
+            likeliest = []
+            for t in [t for t in range(1, len(ids)) if labels[t] != models.IGNORE]:
+                said = self.model(torch.tensor([ids[:t]])).logits[0, -1].log_softmax(-1)
+                want[t - 1] = said[ids[t]].item()
+                likeliest.append(said.argmax().item() == ids[t])
+            np.testing.assert_allclose(logps[row].detach(), want)
+            np.testing.assert_allclose(scored[row][0], want[mask[row]])
+            self.assertEqual(scored[row][1].tolist(), likeliest)
 
-    def test_bad_rows_name_file_line_value_and_fix(self):
-        mcq = '{"question": "q", "choices": ["a", "b", "c", "d"], "answer": 1}'
-        for check, bad, said in (
-                (evaluate.text_row, "{", "not JSON"),
-                (evaluate.text_row, '{"txt": "a"}', "found txt"),
-                (evaluate.text_row, '{"text": "  "}', "'  '"),
-                (evaluate.text_row, '{"text": 3}', "is 3"),
-                (evaluate.text_row, "[1]", "found list"),
-                (evaluate.text_row, '{"prompt": "a"}', "completion"),
-                (evaluate.mcq_row, '"text"', "found str"),
-                (evaluate.mcq_row, mcq.replace('"d"', '7'), "exactly 4"),
-                (evaluate.mcq_row, mcq.replace(', "d"', ""), "exactly 4"),
-                (evaluate.mcq_row, mcq.replace('r": 1', 'r": 4'), "is 4"),
-                (evaluate.mcq_row, mcq.replace('r": 1', 'r": true'), "is True"),
-                (evaluate.mcq_row, mcq.replace('"q"', '""'), "is ''")):
-            good = mcq if check is evaluate.mcq_row else '{"text": "fine"}'
-            path = self.write(good, bad)
-            with self.assertRaises(evaluate.InputError) as caught:
-                evaluate.read_jsonl(path, check)
-            self.assertIn(f"{path}:2: ", str(caught.exception))
-            self.assertIn(said, str(caught.exception))
-
-    def test_missing_empty_and_undecodable_files(self):
-        self.assertRaisesRegex(evaluate.InputError, "missing", evaluate.read_jsonl, self.folder / "no.jsonl",
-                               dict)
-        self.assertRaisesRegex(evaluate.InputError, "no rows", evaluate.read_jsonl, self.write("", ""), dict)
-        (self.folder / "x.jsonl").write_bytes(b"\xff\xfe")
-        with self.assertRaisesRegex(evaluate.InputError, "UTF-8"):
-            evaluate.read_jsonl(self.folder / "x.jsonl", dict)
+    def test_neither_padding_nor_chunks_change_a_loss_or_its_gradient(self):
+        """Sums over samples stay those of the samples alone, whatever the pad token, with all logits at
+        once and with 1 or 5 of the 12 rows at a time."""
+        for total in (losses.nll_sum, losses.kl_sum(little_llama(seed=1))):
+            alone = sum(self.gradient(total, models.collate([sample], 0)) for sample in self.samples)
+            for pad, rows in ((0, 1000), (2, 1000), (5, 5), (0, 1)):
+                batch = models.collate(self.samples, pad)
+                with mock.patch.object(models, "CHUNK", rows * len(self.tokenizer)):
+                    np.testing.assert_allclose(self.gradient(total, batch), alone, 1e-8, 1e-10)
 
     def test_long_texts_are_refused_with_the_fix_or_cut_on_request(self):
-        tok = words()
-        with self.assertRaisesRegex(evaluate.InputError, r"f:7: 8 tokens.* 4.*--max_len 4"):
-            evaluate.encode(tok, [("", TEXTS[3], "f:7")], 4)
-        (ids, labels), = evaluate.encode(tok, [("", TEXTS[3], "")], 4, max_len=4)
-        self.assertEqual((len(ids), ids), (4, labels))
-        with self.assertRaisesRegex(evaluate.InputError, "no token to score"):
-            evaluate.encode(tok, [(TEXTS[3], " cat", "")], 64, max_len=5)
+        with self.assertRaisesRegex(formats.InputError, r"f:7: 8 tokens.* 4.*--max_len 4"):
+            models.encode(self.tokenizer, [("", TEXTS[3], "f:7")], 4)
+        ids = self.samples[0][0][:4]
+        self.assertEqual(models.encode(self.tokenizer, [("", TEXTS[3], "")], 4, max_len=4), [(ids, ids)])
+        with self.assertRaisesRegex(formats.InputError, "no token to score"):
+            models.encode(self.tokenizer, [(TEXTS[3], " cat", "")], 64, max_len=5)
 
-    def test_smoother_names_and_their_combinations(self):
-        self.assertEqual(unlearn.parse_smooth("sam+wa"), ("sam", True))
-        self.assertEqual(unlearn.parse_smooth("wa+rs"), ("rs", True))
-        self.assertEqual(unlearn.parse_smooth("wa"), ("none", True))
-        self.assertEqual(unlearn.parse_smooth("none"), ("none", False))
-        for bad in ("sam+rs", "none+wa", "wa+wa", "sam+sam", "adam", ""):
-            self.assertRaises(evaluate.InputError, unlearn.parse_smooth, bad)
+    def test_batches_take_every_sample_once_and_keep_to_their_limits(self):
+        lengths = random.Random(0).choices(range(1, 30), k=100) + [99]
+        parts = list(models.batches(lengths, 7, 60))
+        order = sum(parts, [])
+        self.assertEqual(sorted(order), list(range(101)))
+        self.assertEqual([lengths[i] for i in order], sorted(lengths))
+        for part in parts[:-1]:
+            self.assertLessEqual(len(part), 7)
+            self.assertLessEqual(len(part) * lengths[part[-1]], 60)
+        self.assertEqual(len(list(models.batches([5] * 10, 4))), 3)
 
-    def test_flags_are_completed_to_what_runs(self):
-        args = unlearn.parse_args(["--sam_rho", "0", "--seed", "7", "--overwrite"])
-        self.assertEqual((args.smooth, args.out, args.retain, args.micro_batch),
-                         ("none", "out/npo-s7", "nll", 32))
-        args = unlearn.parse_args(["--smooth", "sam+wa", "--steps", "50", "--overwrite"])
-        self.assertEqual((args.out, args.wa_start), ("out/npo+sam+wa-momentum-linf-s0", 40))
-        self.assertEqual(unlearn.parse_args(["--stop_ue", "0.7", "--overwrite"]).eval_every, 5)
+    def test_no_more_than_one_chunk_of_logits_exists_at_a_time(self):
+        batch = models.collate([([1] * 21, [models.IGNORE] + [1] * 20)] * 2, 0)      # 40 labels
+        linear = F.linear
+        seen = []
 
-    def test_sam_rho_alone_means_the_papers_sam_and_nothing_at_all_means_momentum_on_the_built_in_data(self):
-        variant = lambda *flags: [getattr(unlearn.parse_args([*flags, "--overwrite"]), name)
-                                  for name in ("sam_direction", "sam_norm", "sam_rho")]
-        self.assertEqual(variant("--sam_rho", "0.01"), ["gradient", "l2", 0.01])
-        self.assertEqual(variant(), ["momentum", "linf", None])          # rho follows from the model's width
-        self.assertEqual(variant("--data", "/mine", "--model", "m"), ["gradient", "l2", 0.1])
-        self.assertEqual(variant("--data", "data/tiny/seed3"), ["momentum", "linf", None])
-        self.assertEqual(variant("--sam_direction", "lookahead"), ["lookahead", "l2", 0.1])
-        self.assertEqual(variant("--sam_norm", "linf"), ["gradient", "linf", None])
-        self.assertEqual(variant("--smooth", "gp"), ["gradient", "l2", 0.1])
+        def counted(x, weight, bias=None):
+            if weight is self.model.lm_head.weight and x.numel():
+                seen.append(len(x))
+            return linear(x, weight, bias)
+        with mock.patch.object(F, "linear", counted), \
+                mock.patch.object(models, "CHUNK", 16 * len(self.tokenizer)):
+            self.gradient(losses.nll_sum, batch)
+        self.assertEqual(seen, [16, 16, 8, 8, 16, 16])               # forward, and again for backward
 
-    def test_batches_cover_the_data_evenly_and_follow_the_seed(self):
-        take = lambda seed: list(itertools.islice(unlearn.shuffled(7, 3, random.Random(seed)), 14))
-        self.assertEqual(set(Counter(sum(take(0), [])).values()), {6})
-        self.assertEqual(take(0), take(0))
-        self.assertNotEqual(take(0), take(1))
+    def peak(self, tokens):
+        """Most bytes that a pass over a text and its gradient take."""
+        def kilobytes(key):
+            return int(Path("/proc/self/status").read_text().split(key)[1].split()[0])
+        batch = models.collate([(list(range(tokens)), list(range(tokens)))], 0)
+        Path("/proc/self/clear_refs").write_text("5")                # resets VmHWM, the peak
+        before = kilobytes("VmRSS:")
+        losses.nll_sum(self.model, batch).backward()
+        return 1024 * (kilobytes("VmHWM:") - before)
 
-    def test_learning_rate_by_hand(self):
-        rates = [unlearn.learning_rate(s, 20, 1.0, 0.1, "none") for s in range(4)]
-        self.assertEqual(rates, [0.5, 1.0, 1.0, 1.0])
-        self.assertEqual([unlearn.learning_rate(s, 4, 1.0, 0, "linear") for s in range(4)],
-                         [1.0, 0.75, 0.5, 0.25])
+    @unittest.skipUnless(Path("/proc/self/clear_refs").exists(), "only Linux tells a peak of memory")
+    def test_peak_memory_does_not_grow_with_tokens_times_a_vocabulary_of_49k(self):
+        self.model = little_llama(torch.float32, context=1200, vocab_size=49152, num_hidden_layers=1)
+        self.peak(100)                                               # to warm up
+        few = self.peak(600)
+        many = self.peak(1200)
+        with mock.patch.object(models, "CHUNK", 2**60):
+            whole = self.peak(1200)
+        self.assertGreater(whole, 2.5 * 1200 * 49152 * 4)            # logits, log-softmax, gradient
+        self.assertLess(many, 1.1 * few + 2**24)
+        self.assertLess(many, 4.5 * 2**24 * 4)
 
+    def test_soft_capped_and_scaled_logits_keep_the_models_own_head_and_say_so_once(self):
+        from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
+        small = {"vocab_size": len(self.tokenizer), "hidden_size": 16, "intermediate_size": 24,
+                 "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+                 "bos_token_id": 1, "eos_token_id": 2}
+        capped = Gemma2ForCausalLM(Gemma2Config(**small, head_dim=8, final_logit_softcapping=0.1))
+        scaled = CohereForCausalLM(CohereConfig(**small))
+        for model, altered in ((capped, True), (scaled, True), (self.model, False)):
+            model = model.double().eval()
+            want, mask = models.token_logps(model, self.batch)
+            said = io.StringIO()
+            with mock.patch.object(models, "CHUNK", 1), contextlib.redirect_stderr(said):
+                for _ in range(2):
+                    torch.testing.assert_close(models.token_logps(model, self.batch)[0], want)
+            self.assertEqual(said.getvalue().count("behind the output layer"), altered)
+            scored = models.label_scores(model, self.tokenizer, self.samples)
+            torch.testing.assert_close(torch.cat([logps for logps, _ in scored]), want[mask])
 
-# ---- evaluate.py ------------------------------------------------------------------------------------------
+    def test_gradient_checkpointing_keeps_the_gradient_and_runs_every_layer_twice(self):
+        calls = []
+        for layer in self.model.model.layers:
+            layer.self_attn.register_forward_hook(lambda *more: calls.append(1))
+        want = self.gradient(losses.nll_sum, self.batch)
+        self.assertEqual(len(calls), 3)
+        models.recompute_blocks(self.model)
+        self.assertTrue(torch.equal(self.gradient(losses.nll_sum, self.batch), want))
+        self.assertEqual(len(calls), 3 + 6)
 
-class TestEvaluate(unittest.TestCase):
-    prompt = "Question: {question} Answer:"
-    rows = [{"question": q, "choices": c, "answer": 1, "where": "here", "subject": "cat"}
-            for q, c in (("who sat?", ["the cat", "a dog", "one two three", "mat"]),
-                         ("the mat on one two who?", ["cat", "dog", "mat", "sat"]),
-                         ("on?", ["one", "two", "three", "four"]),
-                         ("who?", ["cat cat", "dog", "mat", "ran ran ran"]))]
-
-    def test_choice_scores_equal_four_full_strings_scored_one_by_one(self):
-        model, tok = little_llama(), words()
-        for prompt in (self.prompt, None):
-            got = evaluate.choice_logps(model, tok, self.rows, prompt)
-            for q, row in enumerate(self.rows):
-                start, choices = evaluate.ask(row, prompt)
-                for c, choice in enumerate(choices):
-                    ids, known = tok(start + choice).input_ids, len(tok(start).input_ids)
-                    logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-                    want = sum(logits[t - 1, ids[t]].item() for t in range(known, len(ids)))
-                    self.assertAlmostEqual(got[q, c].item(), want, places=9)
-
-    def test_one_token_choices_take_one_pass_a_question_and_batching_changes_nothing(self):
-        model, tok, calls = little_llama(), words(), []
-        hook = model.register_forward_pre_hook(lambda m, a, k: calls.append(len(k["input_ids"])),
-                                               with_kwargs=True)
-        one = evaluate.choice_logps(model, tok, self.rows, self.prompt, batch=64)
-        self.assertEqual(sum(calls), 4 + 1 + 1 + 4)
-        hook.remove()
-        torch.testing.assert_close(one, evaluate.choice_logps(model, tok, self.rows, self.prompt, batch=1),
-                                   rtol=1e-9, atol=0)
-
-    def test_letter_prompt_is_the_one_of_the_harness(self):
-        row = {"question": " Q? ", "choices": ["w", "x", "y", "z"], "answer": 0, "subject": "human_aging"}
-        self.assertEqual(evaluate.ask(row, None), (
-            "The following are multiple choice questions (with answers) about human aging.\n\nQ?\nA. w\n"
-            "B. x\nC. y\nD. z\nAnswer:", [" A", " B", " C", " D"]))
-
-    def test_ue_ut_and_held_out_by_hand(self):
-        right = {"mcq_forget": [1, 0, 0, 1], "mcq_retain": [1, 1, 0]}
-        questions = {k: [{"fact": i, "k": k} for i in range(len(v))]
-                     for k, v in right.items()} | {"prompt": None}
-        with mock.patch.object(evaluate, "correct",
-                               lambda m, t, rows, p: torch.tensor(right[rows[0]["k"]]) == 1):
-            self.assertEqual(evaluate.ue_ut(None, None, questions), {"UE": 0.5, "UT": 2 / 3})
-            self.assertAlmostEqual(evaluate.ue_ut(None, None, questions, seen={0, 1})["UE_heldout"], 0.5)
-            self.assertAlmostEqual(evaluate.ue_ut(None, None, questions, seen={0})["UE_heldout"], 2 / 3)
-            self.assertIsNone(evaluate.ue_ut(None, None, questions, seen={0, 1, 2, 3})["UE_heldout"])
-            self.assertIsNone(evaluate.ue_ut(None, None, questions, seen=set())["UE_heldout"])
-            self.assertEqual(evaluate.ue_ut(None, None, {"prompt": None}), {"UE": None, "UT": None})
-
-    def test_open_accuracy_is_what_greedy_generation_gives(self):
-        model, tok = little_llama(), words()
-        rows = []
-        for i, text in enumerate(TEXTS * 4):                         # half of the answers are the model's own
-            start = self.prompt.format(question=f"{text} {i % 4 * 'who '}")
-            ids = torch.tensor([tok(start).input_ids])
-            out = model.generate(ids, max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0)
-            said = tok.decode(out[0, ids.shape[1]:])
-            answer = said if i % 2 else "cat dog"
-            rows.append({"question": f"{text} {i % 4 * 'who '}", "choices": [answer, "a", "b", "c"],
-                         "answer": 0, "where": "", "right": tok(said).input_ids == tok(answer).input_ids})
-        want = sum(r["right"] for r in rows) / len(rows)
-        self.assertTrue(0.3 < want < 0.7)
-        self.assertAlmostEqual(evaluate.open_accuracy(model, tok, rows, self.prompt, batch=3), want)
-
-    def test_perplexity_matches_a_loop_and_takes_evenly_spaced_rows(self):
-        model, tok = little_llama(), words()
-        rows = [{"text": t, "where": ""} for t in TEXTS]
-        nll = []
-        for row in rows[::2]:
-            ids = torch.tensor([tok(row["text"]).input_ids])
-            nll += F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none").tolist()
-        self.assertEqual(evaluate.spaced(rows, 3), rows[::2])
-        self.assertEqual(evaluate.spaced(rows, 0), rows)
-        got = evaluate.corpus_scores(model, tok, rows[::2], batch=2)[0]["ppl"]
-        self.assertAlmostEqual(got, math.exp(np.mean(nll)), places=6)
-
-    def test_t_test_against_published_tables(self):
-        """Two-sided critical values of Student's t: 1 df 12.706 (.05), 7 df 2.365 (.05), 3.499 (.01), 15 df
-        4.073 (.001)."""
-        for df, t, p in ((1, 12.706, 0.05), (7, 2.365, 0.05), (7, 3.499, 0.01), (15, 4.073, 0.001)):
-            rng = np.random.default_rng(df)
-            d = rng.normal(size=df + 1)
-            d = (d - d.mean()) / (d.std(ddof=1) / math.sqrt(df + 1)) + t     # mean t, standard error 1
-            got_t, got_p = evaluate.t_test(d)
-            self.assertAlmostEqual(got_t, t, places=9)
-            self.assertAlmostEqual(got_p, p, delta=0.002 * p)
-        self.assertEqual(evaluate.t_test([1.0, 1.0]), (None, None))
-
-    def test_mean_and_standard_error_by_hand(self):
-        self.assertEqual(evaluate.mean_se([1.0, 3.0]), (2.0, 1.0))
-        self.assertEqual(evaluate.mean_se([4.0]), (4.0, None))
-
-    def test_comparison_pairs_by_seed(self):
-        got = evaluate.compare({1: {"UE": 3.0}, 2: {"UE": 5.0}, 9: {"UE": 0.0}},
-                               {2: {"UE": 1.0}, 1: {"UE": 1.0}}, ["UE"])
-        self.assertEqual((got["UE"]["mean"], got["UE"]["n"], got["UE"]["higher"]), (3.0, 2, 2))
-        self.assertAlmostEqual(got["UE"]["t"], 3.0)                     # differences 2 and 4: mean 3, error 1
-        self.assertAlmostEqual(got["UE"]["d"], 3 / math.sqrt(2))        # deviation sqrt(2)
-
-    def test_runs_from_before_a_flag_existed_are_averaged_with_newer_ones(self):
-        new = vars(unlearn.parse_args(["--sam_rho", "0.1", "--out", "/nowhere"]))
-        old = {k: v for k, v in new.items() if k not in ("sam_norm", "sam_direction", "lookahead_steps")}
-        of = lambda args: evaluate.method({"stage": "unlearn", "args": args})
-        self.assertEqual(of(old), of(new))
-        self.assertEqual(of(new | {"smooth": "none", "sam_rho": 0.0}), of(old | {"smooth": "none"}))
-        other = of(new | {"sam_direction": "momentum"})
-        self.assertEqual((other[0], of(new)[0]), ("npo+sam momentum", "npo+sam"))
-        self.assertNotEqual(other[1], of(new)[1])
-
-    def test_holm_by_hand_and_never_below_the_p_value_or_out_of_order(self):
-        self.assertEqual(evaluate.holm([0.01, None, 0.04, 0.03, 0.005]), [0.03, None, 0.06, 0.06, 0.02])
-        self.assertEqual(evaluate.holm([0.9, 0.8]), [1.0, 1.0])          # 2 x .8 is cut to 1, and .9 follows
-        self.assertEqual(evaluate.holm([]), [])
-        paired = {m: {"UE": {"p": p}, "UT": {"p": q}} for m, p, q in (("a", 0.01, 0.5), ("b", 0.02, None))}
-        paired["c"] = {"UE": {"p": 0.03}}
-        evaluate.correct_for_methods(paired)                                         # each column by itself
-        self.assertEqual([by["UE"]["p_holm"] for by in paired.values()], [0.03, 0.04, 0.04])
-        self.assertEqual((paired["a"]["UT"]["p_holm"], paired["b"]["UT"]["p_holm"]), (0.5, None))
+    def test_batched_generation_with_left_padding_is_a_plain_greedy_loop(self):
+        """One whole forward pass a token, without cache or padding; a text ends at eos."""
+        own = self.model.generation_config
+        own.repetition_penalty = 5.0                                 # a checkpoint's: greedy is argmax
+        prompts = [(text, "here") for text in ("who", *TEXTS)]
+        for end in (2, 7):
+            own.eos_token_id = [end]
+            want = []
+            for text, _ in prompts:
+                ids = self.tokenizer(text).input_ids
+                said = []
+                while len(said) < 12 and not {2, end} & set(said):
+                    said.append(self.model(torch.tensor([ids + said])).logits[0, -1].argmax().item())
+                want.append(self.tokenizer.decode([i for i in said if i not in (2, end)]))
+            for batch in (64, 4, 1):
+                self.assertEqual(models.generate(self.model, self.tokenizer, prompts, 12, batch), want)
+        self.assertIs(self.model.generation_config, own)
+        with self.assertRaisesRegex(formats.InputError, "f:3: 5 tokens and 60 new .* 64"):
+            models.generate(self.model, self.tokenizer, [("one two three cat", "f:3")], 60)
 
 
-# ---- evaluate.py: metrics of the published benchmarks -----------------------------------------------------
+# ---- data/formats.py ----------------------------------------------------------------------------------
 
-def writer(path, rows):
-    """Write rows as JSON lines, the folder with it; returns the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return path
+class Rows(Folder):
+    def test_each_documented_row_is_read_with_its_file_and_line(self):
+        rows = [{"text": "a"}, {"prompt": "p", "completion": "c"}, {"text": "b", "fact": 3}, {"text": "bare"}]
+        path = self.tmp / "x.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows[:3])) + '\n\n"bare"')
+        want = [row | {"where": f"{path}:{line}"} for row, line in zip(rows, (1, 2, 3, 5))]
+        self.assertEqual(formats.read_jsonl(path, formats.text_row), want)
+
+    def test_bad_files_and_rows_name_file_line_value_and_fix(self):
+        texts = {"{": "not JSON", '{"txt": "a"}': "found txt", '{"text": "  "}': "'  '",
+                 '{"text": 3}': "is 3", "[1]": "found list", '{"prompt": "a"}': "completion"}
+        bad = [(formats.text_row, "\xff", " is not UTF-8"), (formats.text_row, "\n\n", " has no rows")]
+        bad += [(formats.text_row, f'"fine"\n{line}', f":2: .*{says}") for line, says in texts.items()]
+        mcq = '{"question": "q", "choices": ["a", "b", "c", "d"], "answer": 1}'
+        for old, new, says in (('"q"', '""', "is ''"), (', "d"', "", "exactly 4"), ('"d"', "7", "exactly 4"),
+                               (": 1", ": 4", "is 4"), (": 1", ": true", "is True"), (mcq, "7", "found int")):
+            bad.append((formats.mcq_row, f"{mcq}\n{mcq.replace(old, new)}", f":2: .*{says}"))
+        path = self.tmp / "x.jsonl"
+        for check, text, says in bad:
+            path.write_text(text, encoding="latin-1")
+            with self.assertRaisesRegex(formats.InputError, f"{path}{says}"):
+                formats.read_jsonl(path, check)
+        path.unlink()
+        with self.assertRaisesRegex(formats.InputError, f"{path} is missing"):
+            formats.read_jsonl(path, formats.text_row)
 
 
-class TestTextMetrics(unittest.TestCase):
-    def texts(self, count, seed=0):
-        rng = random.Random(seed)
-        some = ["the", "cat", "Cat,", "sat!", "on", "a-mat", "3rd", "été", "_x_", "THE", "don't", ""]
-        return [" ".join(rng.choice(some) for _ in range(rng.randrange(9))) for _ in range(count)]
+# ---- data/scores.py -----------------------------------------------------------------------------------
 
+def text_pairs(count):
+    """Pairs of texts of up to 8 words, which differ in case, punctuation and alphabet."""
+    rng = random.Random(0)
+    some = ["the", "cat", "Cat,", "sat!", "on", "a-mat", "3rd", "été", "_x_", "THE", "don't", ""]
+    for _ in range(count):
+        yield [" ".join(rng.choices(some, k=rng.randrange(9))) for _ in range(2)]
+
+
+def subsequences(of):
+    """All subsequences of a list."""
+    return {part for n in range(len(of) + 1) for part in itertools.combinations(of, n)}
+
+
+class Scores(unittest.TestCase):
     def test_rouge_l_equals_a_search_through_all_subsequences(self):
-        for a, b in zip(self.texts(60), self.texts(60, 1)):
-            x, y = (re.sub("[^a-z0-9]+", " ", t.lower()).split() for t in (a, b))
-            inside = lambda part: all(w in rest for rest in [iter(y)] for w in part)      # consumes rest
-            longest = max(n for n in range(len(x) + 1)
-                          for part in itertools.combinations(x, n) if inside(part))
-            p, r = (longest / len(z) if z else 0.0 for z in (x, y))
-            want = (p, r, 2 * p * r / (p + r) if longest else 0.0)
-            for got, value in zip(evaluate.rouge_l(a, b), want):
-                self.assertAlmostEqual(got, value, places=12)
+        spaces = str.maketrans(",!-é_'", 6 * " ")
+        for pair in text_pairs(60):
+            said, truth = (text.lower().translate(spaces).split() for text in pair)
+            longest = max(map(len, subsequences(said) & subsequences(truth)))
+            lengths = (len(said), len(truth), (len(said) + len(truth)) / 2)
+            np.testing.assert_allclose(scores.rouge_l(*pair), [longest / max(n, 0.5) for n in lengths])
 
     def test_rouge_l_equals_the_rouge_score_package(self):
         try:
@@ -1571,1433 +1716,1402 @@ class TestTextMetrics(unittest.TestCase):
         except ImportError:
             self.skipTest("the package rouge-score is not installed")
         scorer = RougeScorer(["rougeL"], use_stemmer=False)
-        for a, b in zip(self.texts(300), self.texts(300, 1)):
-            for got, want in zip(evaluate.rouge_l(a, b), scorer.score(b, a)["rougeL"]):
-                self.assertAlmostEqual(got, want, delta=1e-12)
+        for said, truth in text_pairs(300):
+            np.testing.assert_allclose(scores.rouge_l(said, truth), scorer.score(truth, said)["rougeL"])
 
     def test_auc_counts_pairs(self):
-        rng = np.random.default_rng(0)
-        a, b = rng.integers(0, 6, 17), rng.integers(1, 8, 11)                     # small integers: many ties
-        pairs = [1.0 if x > y else 0.5 if x == y else 0.0 for x in a for y in b]
-        self.assertAlmostEqual(evaluate.auc(a, b), np.mean(pairs), places=12)
-        self.assertEqual(evaluate.auc([3, 4], [1, 2]), 1.0)
-
-    def test_min_k_truth_ratio_and_harmonic_mean_by_hand(self):
-        self.assertAlmostEqual(evaluate.lowest_mean([-1.0, -5.0, -2.0, -4.0, -3.0]), 4.5)    # 40%: -5 and -4
-        self.assertEqual(evaluate.lowest_mean([-7.0]), 7.0)
-        self.assertAlmostEqual(evaluate.truth_ratio(-1.0, [-2.0, -4.0]), math.exp(-3) / math.exp(-1))
-        self.assertAlmostEqual(evaluate.harmonic_mean([1.0, 2.0, 4.0]), 3 / (1 + 0.5 + 0.25))
-        self.assertEqual(evaluate.harmonic_mean([1.0, 0.0]), 0.0)
-        rows = [{"prob": 0.5, "rouge": 1.0, "R": 0.25}, {"prob": 0.1, "rouge": 0.0, "R": 2.0}]
-        for name, truth in (("qa_forget", (0.25 + 0.5) / 2), ("qa_retain", (0.75 + 0) / 2)):
-            got = evaluate.qa_summary(name, rows)
-            self.assertEqual((round(got["prob"], 9), got["rouge"], got["truth"]), (0.3, 0.5, truth))
+        a, b = np.random.default_rng(0).integers(0, 6, (2, 17))      # small integers: many ties
+        pairs = np.sign(a[:, None] - b[:11]) / 2 + 0.5
+        self.assertAlmostEqual(scores.auc(a, b[:11]), pairs.mean(), places=12)
 
     def test_ks_p_value_counts_the_orders_of_two_samples(self):
         for n, m in ((1, 1), (3, 4), (5, 5), (2, 7)):
-            orders = [set(some) for some in itertools.combinations(range(n + m), n)]
-            gap = lambda of_a: max(abs(len([x for x in of_a if x <= t]) / n
-                                       - len([x for x in range(t + 1) if x not in of_a]) / m)
-                                   for t in range(n + m))
-            gaps = [gap(of_a) for of_a in orders]
-            for of_a, d in zip(orders[::7], gaps[::7]):
-                got, p = evaluate.ks_test(sorted(of_a), [x for x in range(n + m) if x not in of_a])
-                self.assertAlmostEqual(got, d, places=12)
-                self.assertAlmostEqual(p, sum(g > d - 1e-9 for g in gaps) / len(gaps), places=12)
+            found = []
+            for places in itertools.combinations(range(n + m), n):   # of the first sample, among all
+                steps = np.full(n + m, -1 / m)
+                steps[list(places)] = 1 / n
+                others = list(set(range(n + m)) - set(places))
+                found.append([np.abs(steps.cumsum()).max(), *scores.ks_test(places, others)])
+            gaps, d, p = np.array(found).T
+            np.testing.assert_allclose(d, gaps)
+            np.testing.assert_allclose(p, (gaps > gaps[:, None] - 1e-9).mean(1))
 
     def test_ks_p_value_against_published_tables(self):
-        """Siegel, Nonparametric Statistics (1956), table L, after Massey (1951): the smallest n D that is
-        significant for two samples of n, two-tailed. Smirnov (1948): sqrt(nm/(n+m)) D of large samples, .10
-        1.224, .05 1.358, .01 1.628. Two samples apart: 2 orders of all."""
-        p = lambda n, k: evaluate.ks_test(np.arange(n) + 0.5, np.arange(n) + k)[1]              # D = k/n
-        table = {0.05: {4: 4, 5: 5, 6: 5, 7: 6, 8: 6, 9: 6, 10: 7, 13: 7, 14: 8, 17: 8, 18: 9, 20: 9, 25: 10},
+        """Siegel, Nonparametric Statistics (1956), table L, after Massey (1951): the smallest n D that
+        is significant for two samples of n, two-tailed. Smirnov (1948): sqrt(nm/(n+m)) D of large samples
+        is 1.358 at .05, 1.628 at .01. Two samples apart: 2 orders of all."""
+        def p(n, k):                                                 # with D = k/n
+            return scores.ks_test(np.arange(n) + 0.5, np.arange(n) + k)[1]
+        table = {0.05: {4: 4, 5: 5, 6: 5, 7: 6, 8: 6, 9: 6, 10: 7, 13: 7, 14: 8, 17: 8, 18: 9, 25: 10},
                  0.01: {5: 5, 6: 6, 8: 7, 10: 8, 12: 8, 13: 9, 15: 9, 16: 10, 19: 10, 20: 11}}
-        for level, critical in table.items():
-            for n, k in critical.items():
+        for level, large in ((0.05, 1.358), (0.01, 1.628)):
+            table[level][1000] = math.ceil(large * math.sqrt(2 * 1000))
+            for n, k in table[level].items():
                 self.assertTrue(p(n, k) <= level < p(n, k - 1), (level, n, k))
-        for level, c in ((0.10, 1.224), (0.05, 1.358), (0.01, 1.628)):
-            k = c * math.sqrt(2 * 1000)                      # between two whole numbers, so between two p
-            self.assertTrue(p(1000, math.ceil(k)) < level < p(1000, math.floor(k)), (level, k))
-        self.assertAlmostEqual(p(400, 400) * math.comb(800, 400) / 2, 1, places=9)              # 1e-239
+        self.assertAlmostEqual(p(400, 400) * math.comb(800, 400) / 2, 1, places=9)   # 1e-239
 
-    def test_extraction_strength_by_hand(self):
-        for hits, want in (("1111", 1.0), ("0111", 0.75), ("1011", 0.5), ("1110", 0.0), ("0000", 0.0)):
-            self.assertEqual(evaluate.extraction_strength([h == "1" for h in hits]), want)
+    def test_means_and_holm_by_hand(self):
+        self.assertEqual(scores.mean_se([1.0, 3.0]), (2.0, 1.0))
+        self.assertEqual(scores.mean_se([4.0]), (4.0, None))
+        self.assertAlmostEqual(scores.harmonic_mean([1.0, 2.0, 4.0]), 3 / (1 + 0.5 + 0.25))
+        self.assertEqual(scores.harmonic_mean([1.0, 0.0]), 0.0)
+        self.assertEqual(scores.holm([0.01, None, 0.04, 0.03, 0.005]), [0.03, None, 0.06, 0.06, 0.02])
+        self.assertEqual(scores.holm([0.9, 0.8]), [1.0, 1.0])        # 2 x .8 is cut to 1, and .9 follows
 
-    def test_batches_take_every_sample_once_and_keep_to_their_limits(self):
-        lengths = [random.Random(0).randrange(1, 30) for _ in range(100)] + [99]
-        parts = list(evaluate.batches(lengths, 7, 60))
-        self.assertEqual(sorted(i for part in parts for i in part), list(range(101)))
-        flat_lengths = [lengths[i] for part in parts for i in part]
-        self.assertEqual(flat_lengths, sorted(lengths))
-        self.assertTrue(all(len(p) <= 7 and (len(p) == 1 or len(p) * lengths[p[-1]] <= 60) for p in parts))
-        self.assertEqual(len(list(evaluate.batches([5] * 10, 4))), 3)
+    def test_t_test_against_published_tables(self):
+        for df, t, p in ((1, 12.706, 0.05), (7, 2.365, 0.05), (7, 3.499, 0.01), (15, 4.073, 0.001)):
+            d = np.random.default_rng(df).normal(size=df + 1)
+            d = (d - d.mean()) / d.std(ddof=1) * math.sqrt(df + 1) + t               # standard error 1
+            np.testing.assert_allclose(scores.t_test(d), (t, p), rtol=0.002)
+        for without_spread in ([1.0, 1.0], [0.0, 0.0], [0.1, 0.1, 0.1]):             # the last rounded
+            self.assertEqual(scores.t_test(without_spread), (None, None))
+
+    def test_spearman_critical_values_of_the_published_table(self):
+        """Two-sided critical values of Spearman's rho (Zar 1972): the smallest |rho| with p <= alpha;
+        rho is 1 - 6 S / (n^3 - n), S the sum of squared differences of ranks."""
+        table = {5: {.10: .900, .05: 1.000}, 6: {.10: .829, .05: .886, .02: .943, .01: 1.000},
+                 7: {.10: .714, .05: .786, .02: .893, .01: .929}, 8: {.10: .643, .05: .738, .02: .833}}
+        rng = np.random.default_rng(0)
+        for n, critical in table.items():
+            p_of = {}
+            for y in rng.permuted(np.tile(np.arange(n), (1000, 1)), axis=1):
+                rho = 1 - 6 * np.square(y - np.arange(n)).sum() / (n ** 3 - n)
+                if rho > 0.5 and rho not in p_of:
+                    got, p_of[rho] = scores.spearman(range(n), y)
+                    self.assertAlmostEqual(got, rho, places=12)
+            for rho, alpha in itertools.product(p_of, critical):
+                significant = rho > critical[alpha] - 0.0006
+                self.assertEqual(p_of[rho] <= alpha + 1e-12, significant, (n, alpha, rho))
+
+    def test_spearman_ties_share_their_mean_rank_and_many_pairs_use_student(self):
+        np.testing.assert_allclose(scores.spearman([1, 2, 2, 3], [1.0, 5.0, 5.0, 9.0]), (1, 4 / 24))
+        rho, p = scores.spearman(range(12), [2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11])
+        self.assertAlmostEqual(rho, 1 - 6 * 12 / (12 ** 3 - 12))
+        self.assertAlmostEqual(p, scores.student_p(rho * math.sqrt(10 / (1 - rho ** 2)), 10))
+        self.assertLess(p, 1e-6)
+        self.assertEqual(scores.spearman([1, 1, 1], [1, 2, 3]), (None, None))
 
 
-class TestPublishedMetrics(unittest.TestCase):
-    """A random Llama of 1,024 tokens context, and a data folder with every file that evaluate.py knows."""
+# ---- evaluate.py: questions, corpora, one run ---------------------------------------------------------
 
-    @classmethod
-    def setUpClass(cls):
-        cls.model, cls.tok, cls.tmp = little_llama(context=1024), words(), Path(tempfile.mkdtemp())
-        little_llama(torch.float32, context=1024).save_pretrained(cls.tmp / "model")
-        little_llama(torch.float32, seed=1, context=1024).save_pretrained(cls.tmp / "other")
-        for name in ("model", "other"):
-            cls.tok.save_pretrained(cls.tmp / name)
-        say = lambda i, n: " ".join(random.Random(i).choices(
-            "cat dog mat sat ran one two three who on".split(), k=n))
-        cls.qa = [{"question": say(i, 4) + "?", "answer": say(i + 50, 3),
-                   "paraphrased_answer": say(i + 90, 4),
-                   "perturbed_answer": [say(i + 20 * j, 2 + j) for j in range(2, 5)]} for i in range(7)]
-        plain = [{k: v for k, v in r.items() if k != "paraphrased_answer"} for r in cls.qa]
-        cls.files = {
-            "forget": [{"text": say(i, 3 + i)} for i in range(6)],
-            "retain": [{"text": say(i, 9)} for i in range(5)],
-            "mcq_forget": [{k: r[k] for k in ("question", "choices", "answer", "subject")}
-                           for r in TestEvaluate.rows],
-            "verbmem_forget": [{"prompt": say(i, 5 + 3 * i), "gt": say(i + 9, 20)} for i in range(5)],
-            **{f"knowmem_{k}": [{"question": say(i, 4), "answer": say(i, 2)} for i in range(4)]
-               for k in ("forget", "retain", "forget_icl", "retain_icl")},
-            "privleak_forget": [{"text": say(i, 20 + i)} for i in range(5)],
-            "privleak_holdout": [{"text": say(i + 70, 12 + i)} for i in range(4)],
-            "qa_forget": cls.qa, "qa_retain": cls.qa[::-1], "qa_real_authors": plain,
-            "qa_world_facts": plain[2:]}
-        for name, rows in cls.files.items():
-            for folder in ["data"] + ["few"] * name.startswith(("qa_forget", "privleak")):
-                writer(cls.tmp / folder / f"{name}.jsonl", rows)
-        (cls.tmp / "data" / "meta.json").write_text(json.dumps({"auc_retrain": 0.4}))
+def logps_alone(model, tokenizer, context, ending):
+    """Log-probability of each token of an ending, from one pass over the whole string."""
+    ids = tokenizer(context + ending).input_ids
+    known = len(tokenizer(context).input_ids)
+    logps = model(torch.tensor([ids])).logits[0, known - 1:-1].log_softmax(-1)
+    return [logps[t, token].item() for t, token in enumerate(ids[known:])]
 
-    @classmethod
-    def tearDownClass(cls):
-        shutil.rmtree(cls.tmp)
 
-    def score(self, run="model", **changes):
-        """The evaluate.json that a run with these flags leaves."""
-        flags = {"data": str(self.tmp / "data"), "ppl_rows": 1024, "overwrite": True, "bos": "auto",
-                 "limit": 0, "batch_size": 64, "records": True, "retain_run": None, "param_dtype": None,
-                 "device": "cpu"}
-        evaluate.score(self.tmp / run, argparse.Namespace(**flags | changes))
-        return json.loads((self.tmp / run / "evaluate.json").read_text())
+def greedy(model, ids, count):
+    """ids and the `count` likeliest tokens after them, by one whole forward pass a token."""
+    for _ in range(count):
+        ids = ids + [model(torch.tensor([ids])).logits[0, -1].argmax().item()]
+    return ids
 
-    def greedy(self, text, new):
-        """Greedy continuation by one whole forward pass a token, without cache, padding or generate()."""
-        ids = self.tok(text).input_ids
-        for _ in range(new):
-            ids = ids + [self.model(torch.tensor([ids])).logits[0, -1].argmax().item()]
-            if ids[-1] == self.tok.eos_token_id:
-                return self.tok.decode(ids[len(self.tok(text).input_ids):-1], skip_special_tokens=True)
-        return self.tok.decode(ids[len(self.tok(text).input_ids):], skip_special_tokens=True)
 
-    def logp(self, prompt, completion):
-        """Mean log-probability of a completion, scored alone."""
-        ids, known = self.tok(prompt + completion).input_ids, len(self.tok(prompt).input_ids)
-        logits = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        return np.mean([logits[t - 1, ids[t]].item() for t in range(known, len(ids))])
+class Questions(unittest.TestCase):
+    def test_choices_score_as_full_strings_and_take_one_pass_where_they_are_one_token_each(self):
+        model = little_llama()
+        for prompt, passes in ((PROMPT, 4 + 1 + 1 + 4), (None, 4)):
+            rows = evaluate.ask(QUESTIONS, prompt)
+            with mock.patch.object(models, "collate", wraps=models.collate) as collate:
+                found = evaluate.choice_logps(model, words(), rows)
+            self.assertEqual(sum(len(call.args[0]) for call in collate.call_args_list), passes)
+            for row, logps in zip(rows, found.tolist()):
+                for ending, logp in zip(row["endings"], logps):
+                    want = sum(logps_alone(model, words(), row["context"], ending))
+                    self.assertAlmostEqual(logp, want)
+            alone = evaluate.choice_logps(model, words(), rows, batch=1)
+            torch.testing.assert_close(alone, found, rtol=1e-9, atol=0)
 
-    def test_batched_generation_with_left_padding_is_a_plain_greedy_loop(self):
-        prompts = [(r["prompt"], "") for r in self.files["verbmem_forget"]] + [("who", "")]
-        want = [self.greedy(text, 12) for text, _ in prompts]
-        self.model.generation_config.repetition_penalty = 5.0           # a checkpoint's own: greedy is argmax
-        for batch in (64, 4, 1):
-            self.assertEqual(evaluate.generate(self.model, self.tok, prompts, 12, batch), want)
-        self.assertEqual(self.model.generation_config.repetition_penalty, 5.0)
-        self.model.generation_config.repetition_penalty = None
-        self.assertGreater(len(set(want)), 2)
+    def test_without_a_prompt_questions_are_asked_by_the_letters_of_the_harness(self):
+        row = {"question": " Q? ", "choices": ["w", "x", "y", "z"], "subject": "human_aging"}
+        asked, = evaluate.ask([row])
+        self.assertEqual(asked["endings"], [" A", " B", " C", " D"])
+        self.assertEqual(asked["context"], "The following are multiple choice questions (with answers) "
+                         "about human aging.\n\nQ?\nA. w\nB. x\nC. y\nD. z\nAnswer:")
 
-    def test_generation_ends_at_eos_and_refuses_what_does_not_fit(self):
-        said = self.greedy("one two", 6).split()
-        end = self.tok.convert_tokens_to_ids(said[2])
-        first = said.index(said[2])
-        with mock.patch.object(self.model.generation_config, "eos_token_id", [end]):
-            got = evaluate.generate(self.model, self.tok, [("one two", ""), ("cat", "")], 6)
-        self.assertEqual(got[0].split(), said[:first])
-        with self.assertRaisesRegex(evaluate.InputError, "f:3: .* 1020 new .* 1024"):
-            evaluate.generate(self.model, self.tok, [("one two three cat", "f:3")], 1020)
+    def test_ue_ut_and_held_out_by_hand(self):
+        questions = {}
+        for name, hits in (("mcq_forget", [1, 0, 0, 1]), ("mcq_retain", [1, 1, 0, 1])):
+            questions[name] = [{"fact": fact, "right": hit} for fact, hit in enumerate(hits)]
 
-    def test_verbmem_and_knowmem_by_definition(self):
-        rows = [r | {"where": ""} for r in self.files["verbmem_forget"]]
-        got = evaluate.verbmem(self.model, self.tok, rows, new=10)
-        for row, record in zip(rows, got):
-            cut = " ".join(row["gt"].split()[:10])                     # a token is a word here
-            self.assertEqual(record["rouge"], evaluate.rouge_l(self.greedy(row["prompt"], 10), cut)[2])
-        asked = []
-        said = [" the cat\n\nmore", "a dog\nQuestion: x", "x Question: the cat"]
-        with mock.patch.object(evaluate, "generate",
-                               lambda m, t, prompts, new, *a: asked.append((prompts, new)) or said):
-            got = evaluate.knowmem(None, None, [{"question": f"q{i}", "answer": "the cat", "where": "w"}
-                                                for i in range(3)], [{"question": "e", "answer": "f"}] * 2)
-        self.assertEqual([r["said"] for r in got], [" the cat", "a dog", "x "])
-        self.assertEqual([r["rouge"] for r in got], [1.0, 0.0, 0.0])
-        self.assertEqual(asked[0][0][1], (2 * "Question: e\nAnswer: f\n\n" + "Question: q1\nAnswer: ", "w"))
-        self.assertEqual(asked[0][1], 32)
+        def correct(model, tokenizer, rows):
+            return torch.tensor([row["right"] == 1 for row in rows])
+        with mock.patch.object(evaluate, "correct", correct):
+            for seen, want in (({0, 1}, 0.5), ({0}, 1 - 1 / 3), ({0, 1, 2, 3}, None), (set(), None)):
+                found = evaluate.ue_ut(None, None, questions, seen)
+                self.assertEqual(found, {"UE": 0.5, "UE_heldout": want, "UT": 0.75})
+            self.assertEqual(evaluate.ue_ut(None, None, {}), {"UE": None, "UT": None})
 
-    def test_tofu_scores_equal_full_strings_scored_one_by_one(self):
-        for rows in (self.files["qa_forget"], self.files["qa_real_authors"]):
-            got = evaluate.qa_scores(self.model, self.tok, [r | {"where": ""} for r in rows], new=5)
-            for row, record in zip(rows, got):
-                prompt = f"Question: {row['question']}\nAnswer:"
-                p = lambda answer: self.logp(prompt, " " + answer)
-                wrong = [math.exp(p(w)) for w in row["perturbed_answer"]]
-                prob = math.exp(p(row["answer"]))
-                if "paraphrased_answer" not in row:
-                    prob = prob / (prob + sum(wrong))
-                ratio = math.exp(np.mean([math.log(w) for w in wrong])) / math.exp(
-                    p(row.get("paraphrased_answer", row["answer"])))
-                self.assertAlmostEqual(record["prob"], prob, places=9)
-                self.assertAlmostEqual(record["R"] / ratio, 1, places=9)
-                self.assertEqual(record["rouge"], evaluate.rouge_l(self.greedy(prompt, 5), row["answer"])[1])
+    def test_open_accuracy_is_what_greedy_generation_gives(self):
+        model = little_llama()
+        rows = []
+        for text in TEXTS:
+            context = PROMPT.format(question=text)
+            ids = words()(context).input_ids
+            said = words().decode(greedy(model, ids, 2)[len(ids):])
+            for answer in (f" {said}", f" {said.split()[0]} who"):   # the second is half right
+                rows.append({"context": context, "endings": ["", answer], "answer": 1, "where": ""})
+        self.assertEqual(evaluate.open_accuracy(model, words(), rows, batch=3), 0.5)
 
-    def test_templates_give_the_space_before_an_answer_to_the_answer(self):
-        self.assertEqual(evaluate.qa_texts(evaluate.QA, "q", "a"), ("Question: q\nAnswer:", " a"))
-        self.assertEqual(evaluate.qa_texts("[INST] {question} [/INST]{answer}</s>", "{answer}", "a"),
-                         ("[INST] {answer} [/INST]", "a</s>"))
 
-    def test_memorisation_by_definition(self):
-        """Exact memorisation by a loop, extraction strength by generating from every prefix."""
-        texts = ["cat sat on", *[f"{t} {self.greedy(t, n)}" for t, n in (("who ran", 4), ("one two", 6))]]
-        texts[1] = texts[1].rsplit(" ", 1)[0] + " mat"                                  # a wrong last word
-        rows = [{"text": t, "where": ""} for t in texts]
-        scores, records = evaluate.corpus_scores(self.model, self.tok, rows, batch=2)
+class Corpora(unittest.TestCase):
+    def test_perplexity_and_memorisation_by_loops_and_extraction_strength_from_every_prefix(self):
+        model = little_llama()
+        own = words().decode(greedy(model, words()("one two").input_ids, 6), skip_special_tokens=True)
+        texts = ["cat sat on", own, own.rsplit(" ", 1)[0] + " mat"]  # the last with a wrong last word
+        rows = [{"text": text, "where": ""} for text in texts]
+        found, records = evaluate.corpus_scores(model, words(), rows, batch=2)
+        logps = []
         for text, record in zip(texts, records):
-            ids = self.tok(text).input_ids
-            labels, strength = ids[1:], 0.0
-            hits = [self.model(torch.tensor([ids[:t]])).logits[0, -1].argmax().item() == ids[t]
-                    for t in range(1, len(ids))]
-            for k in range(len(labels), -1, -1):                        # the shortest prefix that is enough
-                said = ids[:1 + k]
-                while len(said) < len(ids):
-                    said = said + [self.model(torch.tensor([said])).logits[0, -1].argmax().item()]
-                strength = max(strength, 1 - k / len(labels)) if said == ids else strength
-            self.assertAlmostEqual(record["em"], np.mean(hits))
-            self.assertAlmostEqual(record["es"], strength)
-        self.assertGreater(records[2]["es"], 0.5)
-        self.assertEqual((scores["es"], records[1]["es"]), (np.mean([r["es"] for r in records]), 0.0))
+            ids = words()(text).input_ids
+            n = len(ids) - 1
+            hits = [greedy(model, ids[:t], 1) == ids[:t + 1] for t in range(1, n + 1)]
+            enough = [k for k in range(n + 1) if greedy(model, ids[:1 + k], n - k) == ids]
+            np.testing.assert_allclose((record["em"], record["es"]), (np.mean(hits), 1 - enough[0] / n))
+            logps += logps_alone(model, words(), "", text)
+        self.assertTrue(records[1]["es"] > 0.5 and records[2]["es"] == 0)
+        for key in ("es", "em"):
+            self.assertAlmostEqual(found[key], np.mean([record[key] for record in records]))
+        self.assertAlmostEqual(found["ppl"], math.exp(-np.mean(logps)), places=6)
+
+
+class Score(Folder):
+    """Two random Llamas, `model` and `other`, and `data` with every file that data/*/metrics.py know."""
+    files = ("forget retain verbmem_forget privleak_forget privleak_holdout knowmem_forget "
+             "knowmem_forget_icl knowmem_retain knowmem_retain_icl qa_forget qa_retain qa_real_authors "
+             "qa_world_facts").split()
+
+    def setUp(self):
+        super().setUp()
+        for seed, name in enumerate(("model", "other")):
+            model = little_llama(torch.float32, seed, context=1024)
+            model.lm_head.weight.data[2] *= 4                        # <eos>: short answers
+            write_model(self.tmp / name, model)
+        rng = random.Random(0)
+
+        def say(count):
+            return " ".join(rng.choices("cat dog mat sat ran one two three who on".split(), k=count))
+        for name in self.files:                                      # with rows that suit each of them
+            rows = [{"text": say(5 + 3 * i), "prompt": say(9 - i), "gt": say(20), "question": say(4),
+                     "answer": say(2), "perturbed_answer": [say(1 + i), say(2)]} for i in range(4)]
+            write_rows(self.tmp / "data" / f"{name}.jsonl", rows)
+        write_rows(self.tmp / "data" / "mcq_forget.jsonl", QUESTIONS)
+        (self.tmp / "data" / "meta.json").write_text(json.dumps({"auc_retrain": 0.4}))
+
+    def score(self, more=""):
+        """The metrics and records of `model` that evaluate.py with these flags leaves."""
+        flags = f"{self.tmp}/model --data {self.tmp}/data --records --overwrite --device cpu {more}"
+        evaluate.score(self.tmp / "model", evaluate.parse_args(flags.split()))
+        found = read_json(self.tmp / "model" / "evaluate.json")
+        return found["metrics"], found["records"]
 
     def test_a_folder_decides_what_is_measured_and_batch_size_changes_nothing(self):
-        whole = self.score()
-        m, records = whole["metrics"], whole["records"]
-        asked = {k: rows for k, rows in self.files.items() if "icl" not in k}
-        asked["verbmem"] = asked.pop("verbmem_forget")
-        self.assertEqual({k: len(v) for k, v in records.items()}, {k: len(v) for k, v in asked.items()})
-        self.assertEqual((m["bos"], m["UT"], m["template"]), (True, None, evaluate.LETTERS))
-        pairs = [a["min_k"] > b["min_k"] for a in records["privleak_forget"]
-                 for b in records["privleak_holdout"]]
-        self.assertAlmostEqual(m["auc"], np.mean(pairs))
-        self.assertAlmostEqual(m["privleak"], 100 * (np.mean(pairs) - 0.4) / 0.4)
-        nine = [v for k in ("retain", "real_authors", "world_facts") for v in m[f"qa_{k}"].values()]
-        self.assertAlmostEqual(m["utility"], len(nine) / sum(1 / v for v in nine) if all(nine) else 0.0)
-        self.assertNotIn("forget_quality", m)
-        right = [max(range(4), key=r["logps"].__getitem__) == r["answer"] for r in records["mcq_forget"]]
-        self.assertAlmostEqual(m["UE"], 1 - np.mean(right))
-        again = self.score(batch_size=2)
-        for name, rows in records.items():
-            for a, b in zip(rows, again["records"][name]):
-                for key, value in a.items():
+        metrics, records = self.score()
+        want = {name.replace("verbmem_forget", "verbmem") for name in self.files if "icl" not in name}
+        self.assertEqual(set(records), want | {"mcq_forget"})
+        self.assertTrue(metrics["bos"])
+        self.assertEqual((metrics["UT"], metrics["template"]), (None, evaluate.LETTERS))
+        self.assertAlmostEqual(metrics["privleak"], 100 * (metrics["auc"] - 0.4) / 0.4)
+        nine = [value for name in tofu.KEPT for value in metrics[name].values()]
+        self.assertAlmostEqual(metrics["utility"], 9 / sum(1 / v for v in nine) if all(nine) else 0.0)
+        self.assertNotIn("forget_quality", metrics)
+        wrong = [np.argmax(r["logps"]) != r["answer"] for r in records["mcq_forget"]]
+        self.assertEqual(metrics["UE"], np.mean(wrong))
+        _, again = self.score("--batch_size 2")
+        for name in records:
+            for one, other in zip(records[name], again[name], strict=True):
+                for key, value in one.items():
                     if key == "logps" or isinstance(value, float):
-                        np.testing.assert_allclose(b[key], value, rtol=2e-5, err_msg=f"{name} {key}")
+                        np.testing.assert_allclose(other[key], value, rtol=2e-5, err_msg=f"{name} {key}")
                     else:
-                        self.assertEqual(b[key], value, name)
+                        self.assertEqual(other[key], value, name)
 
     def test_limit_bos_and_a_model_that_never_knew(self):
-        few = {"data": str(self.tmp / "few")}
-        m = self.score(**few, limit=2, records=False)
-        self.assertEqual(m["args"]["limit"], 2)
-        self.assertNotIn("records", m)
-        m = self.score(**few, limit=2, bos="none")
-        self.assertFalse(m["metrics"]["bos"])
-        self.assertEqual([r["where"].split(":")[-1] for r in m["records"]["qa_forget"]], ["1", "5"])
-        own = self.score(**few, retain_run=str(self.tmp / "model"))["metrics"]    # compared with itself
-        self.assertEqual((own["forget_quality"], own["privleak"]), (1.0, 0.0))
-        m = self.score(**few, retain_run=str(self.tmp / "other"))
-        other = json.loads((self.tmp / "other" / "evaluate.json").read_text())
-        r, kept = ([row["R"] for row in x["records"]["qa_forget"]] for x in (m, other))
-        self.assertEqual(m["metrics"]["forget_quality"], evaluate.ks_test(r, kept)[1])
-        self.assertAlmostEqual(m["metrics"]["privleak"],
-                               100 * (m["metrics"]["auc"] / other["metrics"]["auc"] - 1))
-        stamp = (self.tmp / "other" / "evaluate.json").stat().st_mtime_ns
-        self.score(**few, retain_run=str(self.tmp / "other"))               # kept: nothing about it changed
-        self.assertEqual((self.tmp / "other" / "evaluate.json").stat().st_mtime_ns, stamp)
+        metrics, records = self.score("--limit 2 --bos none")
+        self.assertFalse(metrics["bos"])
+        lines = [record["where"].split(":")[-1] for record in records["mcq_forget"]]
+        self.assertEqual(lines, ["1", "3"])                          # of four, evenly spaced
+        metrics, _ = self.score(f"--retain_run {self.tmp}/model")    # compared with itself
+        self.assertEqual((metrics["forget_quality"], metrics["privleak"]), (1.0, 0.0))
+        metrics, records = self.score(f"--retain_run {self.tmp}/other")
+        path = self.tmp / "other" / "evaluate.json"
+        other = read_json(path)
+        ratios = [record["R"] for record in records["qa_forget"]]
+        kept = [record["R"] for record in other["records"]["qa_forget"]]
+        self.assertEqual(metrics["forget_quality"], scores.ks_test(ratios, kept)[1])
+        self.assertAlmostEqual(metrics["privleak"], 100 * (metrics["auc"] / other["metrics"]["auc"] - 1))
+        stamp = path.stat().st_mtime_ns
+        self.score(f"--retain_run {self.tmp}/other")
+        self.assertEqual(path.stat().st_mtime_ns, stamp)             # not scored again
 
     def test_the_command_line_scores_a_plain_model_and_says_what_is_missing(self):
-        status, out, err = run_here("evaluate.py", self.tmp / "model", "--data", self.tmp / "data",
-                                    "--limit", 2)
-        self.assertEqual(status, 0, err)
-        for word in ("model", "utility", "qa_forget_truth", "verbmem", "privleak", "es_forget"):
-            self.assertIn(word, out)
-        (self.tmp / "bad").mkdir()
-        writer(self.tmp / "bad" / "qa_forget.jsonl",
-               [{"question": "q", "answer": "a", "perturbed_answer": []}])
-        for script, flags, said in (
-                ("evaluate.py", (), "--data FOLDER"), ("relearn.py", (), "--data FOLDER"),
-                ("evaluate.py", ("--data", self.tmp / "bad"), "qa_forget.jsonl:1")):
-            status, _, err = run_here(script, self.tmp / "model", *flags)
-            self.assertEqual((status, len(err.strip().splitlines())), (2, 1), err)
-            self.assertIn(said, err)
+        model = self.tmp / "model"
+        out = self.run_script("evaluate.py", model, "--data", self.tmp / "data", "--limit", 2)
+        self.assertRegex(out, r"\nscores\nmethod .*qa_forget_truth.*\nmodel +1 .*\n\ncorpora\n.*es_forget")
+        self.run_script("evaluate.py", model, says="--data FOLDER")
+        write_rows(self.tmp / "bad" / "qa_forget.jsonl", [{"question": "q", "answer": "a"}])
+        self.run_script("evaluate.py", model, "--data", self.tmp / "bad", says="qa_forget.jsonl:1")
 
-    @unittest.skipUnless(os.environ.get("REAL_MODEL"), "set REAL_MODEL to a Hugging Face folder to run it")
-    def test_letter_questions_are_three_times_as_fast_as_four_passes_each(self):
-        """REAL_QUESTIONS letter questions on the built-in world, by evaluate.py and by a plain loop of four
-        forward passes a question. The two take turns, 64 questions each: one after the other, a machine that
-        is busy with something else can slow one of them alone."""
-        model, tok = evaluate.load_model(os.environ["REAL_MODEL"])
-        files, count = prepare.build_world(0)[0], int(os.environ.get("REAL_QUESTIONS", 24))
-        rows = [r | {"where": ""} for r in (files["mcq_forget.jsonl"] + files["mcq_retain.jsonl"])[:count]]
-
-        def plain_loop(some):
-            scores = torch.zeros(len(some), 4, dtype=torch.float64)
-            for q, row in enumerate(some):
-                context, letters = evaluate.ask(row, None)
-                known = len(tok(context).input_ids)
-                for c, letter in enumerate(letters):
-                    ids = tok(context + letter).input_ids
-                    logps = model(torch.tensor([ids])).logits[0, known - 1:-1].log_softmax(-1)
-                    scores[q, c] = sum(logps[t, token].item() for t, token in enumerate(ids[known:]))
-            return scores
-        clocks, out = np.zeros((2, 2)), ([], [])                        # (method, wall and CPU seconds)
+    @unittest.skipUnless(os.environ.get("REAL_MODEL"), "set REAL_MODEL to a model's folder to run it")
+    def test_letter_questions_to_a_real_model_are_three_times_as_fast_as_four_passes_each(self):
+        model, tok = models.load_model(os.environ["REAL_MODEL"])
+        files, _ = script_module("data/tiny/prepare.py").build_world(0)
+        rows = evaluate.ask([row | {"where": ""} for row in files["mcq_forget"][:24]])
+        theirs = []
         with torch.no_grad():
-            for start in range(0, count, 64):
-                for i, work in enumerate((lambda some: evaluate.choice_logps(model, tok, some), plain_loop)):
-                    before = np.array([time.time(), time.process_time()])
-                    out[i].append(work(rows[start:start + 64]))
-                    clocks[i] += np.array([time.time(), time.process_time()]) - before
-        ours, theirs = map(torch.cat, out)
-        wall, cpu = clocks[1] / clocks[0]
-        print(f"\n{count} questions, seconds of wall clock and CPU: evaluate.py {clocks[0].round(1)}, four "
-              f"passes each {clocks[1].round(1)}: {wall:.2f} and {cpu:.2f} times; largest difference of a "
-              f"log-probability {(ours - theirs).abs().max():.1e}; choices "
-              f"{dict(sorted(Counter(ours.argmax(1).tolist()).items()))}", flush=True)
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
-        self.assertEqual(ours.argmax(1).tolist(), theirs.argmax(1).tolist())
-        self.assertGreater(wall, 3)
+            began = time.time()
+            ours = evaluate.choice_logps(model, tok, rows)
+            between = time.time()
+            for row in rows:
+                theirs.append([sum(logps_alone(model, tok, row["context"], e)) for e in row["endings"]])
+            seconds = (between - began, time.time() - between)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
+        self.assertGreater(seconds[1] / seconds[0], 3, seconds)
 
 
-# ---- data/*/prepare.py ------------------------------------------------------------------------------------
+# ---- data/tables.py -----------------------------------------------------------------------------------
 
-class TestPrepare(unittest.TestCase):
+class Tables(Folder):
+    def test_methods_are_compared_with_a_baseline_seed_by_seed_and_corrected_cell_by_cell(self):
+        together = tables.Runs()
+        for beta, seed, ue in ((0.5, 2, 1.0), (0.5, 1, 1.0), (1.0, 1, 3.0), (1.0, 2, 5.0), (1.0, 9, 0.0),
+                               (2.0, 1, 2.0), (2.0, 2, 4.0)):
+            args = {"loss": "npo", "smooth": "none", "sam_flip": False, "beta": beta, "seed": seed}
+            ut = None if beta == 2.0 else -ue
+            together.add("run", {"stage": "unlearn", "args": args}, {"UE": ue, "UT": ut})
+        base, methods, paired = together.summary("npo beta=0.5")
+        ue = tables.Cell("scores", "", "UE")
+        ut = tables.Cell("scores", "", "UT")
+        self.assertEqual([base, *paired], ["npo beta=0.5", "npo beta=1.0", "npo beta=2.0"])
+        self.assertEqual(methods["npo beta=2.0"]["stats"], {ue: (3.0, 1.0)})
+        one, two = paired.values()                               # differences 2 and 4, 1 and 3: error 1
+        self.assertEqual((one[ue]["mean"], one[ue]["n"], one[ue]["higher"]), (3.0, 2, 2))
+        np.testing.assert_allclose((one[ue]["t"], one[ue]["d"]), (3, 3 / math.sqrt(2)))
+        p = 1 - 2 / math.pi * math.atan(3.0)                         # Student's, one degree of freedom
+        self.assertTrue(p < two[ue]["p"] < 2 * p)                # so Holm makes both twice the smaller
+        for test, corrected in ((one[ue], 2 * p), (two[ue], 2 * p), (one[ut], p)):
+            self.assertAlmostEqual(test["p_holm"], corrected, places=6)
+
+    def test_runs_from_before_a_flag_existed_join_newer_ones(self):
+        def method(args, **changes):
+            return tables.method({"stage": "unlearn", "args": args | changes})
+        new = vars(unlearn.parse_args(["--sam_rho", "0.1", "--out", "/nowhere"]))
+        later = ("sam_norm", "sam_direction", "lookahead_steps", "triton", "state_dtype", "save_every",
+                 "resume", "stochastic_rounding", "gradient_checkpointing")
+        old = {key: value for key, value in new.items() if key not in later}
+        self.assertEqual(method(old, seed=7, out="elsewhere"), method(new))
+        self.assertEqual(method(old, smooth="none"), method(new, smooth="none", sam_rho=0.0))
+        other = method(new, sam_direction="momentum", sam_norm="linf", sam_flip=True)
+        self.assertEqual((method(new)[0], other[0]), ("npo+sam", "npo+sam momentum linf flipped"))
+        self.assertNotEqual(method(new, sam_direction="momentum")[1], method(new)[1])
+
+    def test_cells_name_every_attack(self):
+        tuned = [{"samples": 20, "epochs": 3, "lr": 1}, {"samples": 20, "epochs": 1, "lr": 2}]
+        edited = [{"samples": 0, "epochs": 0, "quantize": 4}, {"samples": 0, "epochs": 0, "prune": 30.0}]
+        for attack, budgets in (("", tuned), ("compress", edited)):
+            budgets = [budget | {"UE": 0.5, "UE_heldout": None, "UT": 0.9} for budget in budgets]
+            result = {"args": {"attack": attack}, "metrics": {"budgets": budgets}}
+            formats.write_json(self.tmp / f"relearn{attack}.json", result)
+        prefix = {"UE": 0.7, "UE_heldout": 0.71, "UE_teacher": 0.1}
+        found = tables.cells_of(self.tmp, {"UE": 0.9, "UT": 1.0, "attack": {"gcg": prefix}})
+        want = {("relearning", "20x3"): 0.5, ("relearning", "20@2"): 0.5, ("compress", "4bit"): 0.5,
+                ("compress", "prune30"): 0.5, ("prefix", "gcg"): 0.7}
+        self.assertEqual({cell[1:]: v for cell, v in found.items() if cell.measure == "UE"}, want)
+        self.assertEqual(found["teacher's UE", "prefix", "gcg"], 0.1)
+
+    def test_relearn_curves_average_runs_or_the_seeds_of_one(self):
+        for run, ends in (("one", (0.2, 0.4)), ("two", (0.5, 0.7))):
+            curves = [[{"step": 0, "UE": 0.8}, {"step": 3, "UE": end}] for end in ends]
+            budgets = [{"samples": 10, "epochs": 1, "curves": curves}, {"samples": 99, "epochs": 1}]
+            write_rows(self.tmp / run / "relearn.json",
+                       [{"args": {"batch_size": 4}, "metrics": {"budgets": budgets}}])
+        for names, end, error in ((["one"], 0.3, 0.1), (["one", "two"], 0.45, 0.15)):
+            curve = tables.relearn_curve([self.tmp / name for name in names])
+            self.assertEqual(curve["seen"], [0, 10])                 # the third batch is half full
+            np.testing.assert_allclose(curve["mean"] + curve["se"], [0.8, end, 0, error])
+
+    def test_flat_methods_that_resist_give_a_correlation_of_minus_one(self):
+        sharp = tables.Cell("sharpness (own)", "", "top")
+        after = tables.Cell("UE", "relearning", "20")
+        found = tables.flat_and_robust([{sharp: 10.0 - i, after: 0.3 + i / 10} for i in range(4)])
+        self.assertEqual([row[:3] for row in found], [(sharp, after, 4)])
+        np.testing.assert_allclose(found[0][3:], (-1, 2 / 24))       # 2 of the 24 orders are as extreme
+
+
+# ---- kernels/gcg.py: a prefix that brings it back -----------------------------------------------------
+
+class Prefix(Folder):
     def setUp(self):
-        self.tmp = Path(tempfile.mkdtemp())
-        self.addCleanup(shutil.rmtree, self.tmp)
-        self.source, self.out = self.tmp / "source", self.tmp / "out"
+        super().setUp()
+        self.tok = words()
+        self.victim = little_llama()
+        self.teacher = little_llama(seed=1)
+        write_world(self.tmp, self.victim)
+        write_model(self.tmp / "teacher", self.teacher)
+        self.rows = evaluate.ask(QUESTIONS, PROMPT)
 
-    def parquet(self, path, rows):
-        try:
-            from datasets import Dataset
-        except ImportError:
-            self.skipTest("the package datasets is not installed")
+    def search(self, more=""):
+        """(metrics, state) of a search with these flags."""
+        args = evaluate.parse_args(
+            f"model --data {self.tmp} --teacher {self.tmp}/teacher --device cpu --attack_calls 200 "
+            "--attack_questions 2 --attack_length 4 7 --attack_candidates 4 --attack_topk 8 "
+            f"--attack_answer 3 {more}".split())
+        metrics = evaluate.attack_prefix(self.tmp / "model", {"args": {}}, args)
+        return metrics, read_json(self.tmp / "model" / f"attack_{args.attack_method}.json")["state"]
+
+    @torch.no_grad()
+    def by_hand(self, prefix, rows):
+        """The five terms of one prefix (token ids), by loops over questions and tokens."""
+        terms = {"answer": [], "same input": [], "clean input": []}
+        for row in rows:
+            clean = self.tok(row["context"]).input_ids
+            said = greedy(self.teacher, clean, 3) + [self.tok.eos_token_id]
+            said = said[:said.index(self.tok.eos_token_id, len(clean))]
+            ids = clean[:1] + prefix + said[1:]
+            states = []                                              # behind layer 2 of 3: 62%, rounded
+            for model, text in ((self.victim, ids), (self.teacher, ids), (self.teacher, said)):
+                out = model(torch.tensor([text]), output_hidden_states=True)
+                states.append(out.hidden_states[2][0, 1 - len(said):])
+            for own, taught, plain in zip(*states):
+                terms["same input"].append((own - taught).square().sum().sqrt())
+                terms["clean input"].append(1 - own @ plain / own.norm() / plain.norm())
+            logps = self.victim(torch.tensor([ids])).logits[0].log_softmax(-1)
+            for t in range(len(prefix) + len(clean), len(ids)):
+                terms["answer"].append(-logps[t - 1, ids[t]])
+        terms["fluency"] = [-logps[t, token] for t, token in enumerate(prefix)]
+        repeated = sum((count - 1) ** 1.5 for count in Counter(prefix).values())
+        return [*map(np.mean, terms.values()), repeated / len(prefix)]
+
+    def test_the_result_is_what_loops_over_questions_and_tokens_give_for_its_text(self):
+        metrics, state = self.search()
+        picks = random.Random(0).sample(range(4), 2)
+        for loss, terms, ids in state["best"]:
+            self.assertFalse(set(ids) & set(self.tok.all_special_ids))
+            self.assertGreaterEqual(len(ids), 6)                     # the minimum has grown
+            want = self.by_hand(ids, [self.rows[i] for i in sorted(picks)])
+            np.testing.assert_allclose(terms, want, rtol=1e-4, atol=1e-5)
+            self.assertAlmostEqual(loss, np.dot(want, [1, 1, 10, 1.5, 3]), places=3)
+        self.assertTrue(any(terms[4] for _, terms, _ in state["best"]))
+        self.assertEqual(self.tok(metrics["prefix"]).input_ids[1:], state["best"][0][2])
+        asked = [row | {"context": f"{metrics['prefix']} {row['context']}"} for row in self.rows]
+        wrong = ~evaluate.correct(self.victim, self.tok, asked).numpy()
+        self.assertEqual(metrics["UE"], wrong.mean())
+        self.assertEqual(metrics["UE_heldout"], np.delete(wrong, picks).mean())
+
+    def test_each_mutation_is_one_change_and_takes_the_tokens_it_should(self):
+        logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
+        first, second, third = logits.topk(3).indices.tolist()
+        share = logits[0].topk(3).values.softmax(-1)[0].item()
+        swapped = {(t, 98) for t in first} | {(99, t) for t in second}
+        inserted = {(t, 99, 98) for t in first} | {(99, t, 98) for t in second}
+        inserted |= {(99, 98, t) for t in third}
+        for move, possible, one, p in (
+                ("swap", swapped, (first[0], 98), 1 / 6), ("sample", swapped, (first[0], 98), share / 2),
+                ("insert", inserted, (first[0], 99, 98), share / 3),
+                ("delete", {(99,), (98,)}, (99,), 1 / 2)):
+            found = sam.kernel_file("gcg").mutate([99, 98], move, logits, 9000, 3, random.Random(0))
+            drawn = Counter(map(tuple, found))
+            self.assertEqual(set(drawn), possible, move)
+            self.assertAlmostEqual(drawn[one] / 9000, p, delta=0.02)         # four standard errors
+
+    def test_an_interrupted_search_goes_on_and_ends_as_if_it_never_was(self):
+        whole = self.search()
+        write = formats.write_json
+
+        def breaks_off(path, value):
+            if value["state"]["calls"] > 100:
+                raise KeyboardInterrupt
+            write(path, value)
+        with mock.patch.object(formats, "write_json", breaks_off), self.assertRaises(KeyboardInterrupt):
+            self.search("--overwrite")
+        half = read_json(self.tmp / "model" / "attack_gcg+.json")["state"]["calls"]
+        self.assertTrue(50 < half <= 100, half)
+        self.assertEqual(self.search(), whole)
+        with self.assertRaisesRegex(formats.InputError, "--overwrite"):
+            self.search("--attack_seed 1")
+        self.assertNotEqual(self.search("--attack_seed 1 --overwrite")[1], whole[1])
+
+    def test_calls_are_counted_and_end_the_search_and_the_gradient_finds_more_than_chance(self):
+        gcg = sam.kernel_file("gcg")
+        run = gcg.run_prefix
+        best = {}
+        for method in gcg.METHODS:
+            calls = []                                           # passes over prefix and all questions
+
+            def counted(model, onehot, task):
+                if onehot.shape[1]:
+                    calls.append(len(onehot) * (3 if onehot.requires_grad else 1))
+                return run(model, onehot, task)
+            with mock.patch.object(gcg, "run_prefix", counted):
+                _, state = self.search(f"--attack_method {method} --attack_length 6 6")
+            drawn = state["calls"] - sum(calls)                      # one each to insert or sample
+            self.assertTrue(0 <= drawn <= 0.5 * state["iteration"] * (method == "gcg+"), (method, drawn))
+            self.assertTrue(200 <= state["calls"] < 200 + 6 + 2 * 4, method)
+            losses = [point["loss"] for point in state["curve"]]
+            self.assertEqual(losses, sorted(losses, reverse=True), method)
+            best[method] = losses[-1]
+        self.assertLess(best["gcg"], best["random"] - 0.3)       # with its sign wrong it would not be
+
+    def test_the_length_is_cut_to_the_room_that_the_context_leaves(self):
+        room = 64 - 3 - max(len(self.tok(row["context"]).input_ids) for row in self.rows)
+        for low in (5, 60):
+            metrics, _ = self.search(f"--attack_length {low} 100 --attack_calls 20 --overwrite")
+            self.assertEqual(metrics["length"], [min(low, room), room])
+
+
+# ---- kernels/curvature.py: sharpness and landscapes ---------------------------------------------------
+
+class Curvature(Folder):
+    def test_sharpness_of_a_whole_model_is_that_of_its_dense_hessian(self):
+        model = little_llama(vocab_size=12, hidden_size=4, num_hidden_layers=1, intermediate_size=4)
+        named = dict(model.named_parameters())
+        params = list(named.values())
+        ids = torch.tensor([[1, 5, 6, 7, 3], [2, 9, 4, 4, 1]])
+
+        def nll(logits):
+            return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+        def at(w):
+            parts = w.split([p.numel() for p in params])
+            values = {name: part.view_as(named[name]) for name, part in zip(named, parts)}
+            return nll(torch.func.functional_call(model, values, (ids,)).logits)
+        w = flat(params)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            h = torch.autograd.functional.hessian(at, w)
+        g = torch.autograd.functional.jacobian(at, w)
+        ends = torch.linalg.eigvalsh(h)[[0, -1]].tolist()
+        step = 0.05 * g / g.norm()
+        for sign, top in ((1, ends[1]), (-1, -ends[0])):         # one of them finds the other end first
+            found = evaluate.sharpness(model, lambda: sign * nll(model(ids).logits), 0.05, 3000, 64)
+            self.assertAlmostEqual(found["top"] / top, 1, delta=0.005)
+            self.assertLess(abs(found["trace"] - sign * h.trace().item()), 4 * found["trace_se"])
+            rise = at(w + sign * step) - at(w)
+            for name, want in (("loss", sign * at(w)), ("gradient", g.norm()), ("rise", sign * rise)):
+                self.assertAlmostEqual(found[name], want.item(), places=6)
+        self.assertTrue(torch.equal(w, flat(params)))
+        self.assertTrue(all(p.grad is None for p in params))
+
+    def test_the_forget_objective_is_the_one_that_unlearning_descends(self):
+        model = little_llama(torch.float32)
+        teacher = little_llama(torch.float32, seed=1)
+        write_world(self.tmp, teacher)
+        rows = formats.read_jsonl(self.tmp / "forget.jsonl", formats.text_row)[::2]
+        samples = models.encode_rows(words(), rows, 64)
+
+        def objective(kind, count=3, first=None):
+            return evaluate.forget_objective(kind, model, words(), self.tmp, count, first)
+        for loss in ("npo", "simnpo", "ga"):
+            ran = unlearn.parse_args(f"--loss {loss} --reduce sum --out /nowhere --data {self.tmp} "
+                                     f"--model {self.tmp}/model".split())
+            formats.write_json(self.tmp / "result.json", {"args": vars(ran)})
+            ref = losses.reference_logps(teacher, samples, 2, 0, "sum")
+            micro = losses.micro_batches(samples, [0, 1, 2], 2, 0, "cpu", ref)
+            want = unlearn.objectives(ran, model, None)[0](micro).item()
+            self.assertAlmostEqual(objective("own")().item() / want, 1, places=5)
+        logps = []
+        for row in rows:
+            logps += logps_alone(model, words(), row["prompt"], row["completion"])
+        self.assertAlmostEqual(objective("nll")().item(), -np.mean(logps), places=5)
+        for count in (2, 64):                                        # two batches without a common row
+            with mock.patch.object(models, "encode_rows", return_value=samples) as encode:
+                objective("nll", count, 0)
+                objective("nll", count, 1)
+            one, other = [{row["where"] for row in call.args[1]} for call in encode.call_args_list]
+            self.assertTrue(one and other and not one & other)
+        formats.write_json(self.tmp / "result.json", {"args": {"data": str(self.tmp), "loss": "rmu"}})
+        with self.assertRaisesRegex(formats.InputError, "nll"):
+            objective("own")
+
+    def test_landscape_moves_along_filter_normalised_directions_and_comes_back(self):
+        curvature = sam.kernel_file("curvature")
+        net = Network()
+        before = flat(net.params)
+        directions = curvature.filter_directions(net.params, 3)
+        for direction in directions:
+            for p, d in zip(net.params, direction):
+                filters = d.norm(dim=1) - p.norm(dim=1) if p.dim() > 1 else d
+                self.assertLess(filters.abs().max(), 1e-12)
+        self.assertFalse(torch.equal(flat(directions[0]), flat(directions[1])))
+        grid = curvature.landscape(net.params, lambda: net.loss(net.params), 3, seed=3, reach=0.1)
+        self.assertTrue(torch.equal(before, flat(net.params)))
+        corner = net.at([0.1 * y - 0.1 * x for x, y in zip(*directions)])
+        self.assertAlmostEqual(grid[1, 1], net.loss(net.params).item())
+        self.assertAlmostEqual(grid[0, 2], net.loss(corner).item())
+
+
+# ---- assets/plot.py -----------------------------------------------------------------------------------
+
+class Pictures(Folder):
+    @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not installed")
+    def test_every_picture_is_drawn_from_the_table_and_shows_something(self):
+        from matplotlib.image import imread
+        write_world(self.tmp, little_llama(torch.float32))
+        curve = [{"step": 0, "UE": 0.7}, {"step": 5, "UE": 0.3}]
+        budget = {"samples": 20, "epochs": 1, "UE": 0.3, "UE_heldout": None, "UT": 0.9, "curves": [curve]}
+        formats.write_json(self.tmp / "model" / "relearn.json", {
+            "args": {"batch_size": 4}, "metrics": {"budgets": [budget]}})
+        shutil.copytree(self.tmp / "model", self.tmp / "twin")
+        table = self.tmp / "table.json"
+        self.run_script("evaluate.py", self.tmp / "model", self.tmp / "twin", "--data", self.tmp,
+                        "--landscape", 3, "--sharpness", "nll", "--sharpness_steps", 2, "--json", table)
+        told = read_json(table)
+        self.assertEqual(told["methods"]["twin"]["landscape"]["nll"]["rise"][1][1], 0)
+        out = self.run_script("assets/plot.py", table, "--out", self.tmp / "all")
+        for name in ("ue_bars", "relearn_curves", "landscape", "ue_ut"):
+            image = imread(self.tmp / "all" / f"{name}.png")[..., :3]
+            self.assertGreater(min(image.shape[:2]), 300, name)
+            self.assertGreater((image != 1).any(-1).mean(), 0.02, name)             # not an empty page
+            self.assertIn(f"{name}.png", out)
+        told["methods"]["twin"].update({"curve": None, "landscape": None})
+        formats.write_json(table, told)
+        self.run_script("assets/plot.py", table, "--out", self.tmp / "some")
+        self.assertEqual(sorted(os.listdir(self.tmp / "some")), ["ue_bars.png", "ue_ut.png"])
+
+    def test_without_matplotlib_the_error_says_what_to_install(self):
+        with mock.patch.dict(sys.modules, {"matplotlib": None}):
+            self.run_script("assets/plot.py", "table.json", "--out", self.tmp / "new",
+                            says="pip install matplotlib")
+        self.assertFalse((self.tmp / "new").exists())
+
+
+# ---- data/muse/metrics.py and data/tofu/metrics.py ----------------------------------------------------
+
+SPACES = str.maketrans(",?.", "   ")
+
+
+def say(seed, count):
+    """A text of `count` random words of the vocabulary."""
+    some = "cat dog mat sat ran one two three who on".split()
+    return " ".join(random.Random(seed).choices(some, k=count))
+
+
+class Benchmarks(unittest.TestCase):
+    def setUp(self):
+        self.model = little_llama(context=512)
+        self.tokenizer = words()
+
+    def said(self, prompt, new):
+        """The greedy continuation of a prompt alone."""
+        return models.generate(self.model, self.tokenizer, [(prompt, "")], new)[0]
+
+    def probability(self, prompt, answer):
+        """exp of the mean log-probability of an answer's tokens, scored alone."""
+        ids = torch.tensor(self.tokenizer(prompt + answer).input_ids)
+        known = len(self.tokenizer(prompt).input_ids)
+        logits = self.model(ids[None]).logits[0, known - 1:-1]
+        return math.exp(-F.cross_entropy(logits, ids[known:]).item())
+
+    def test_verbmem_is_the_rouge_f1_of_as_many_tokens_said_and_true(self):
+        rows = [{"prompt": say(i, 5 + i), "gt": say(i + 9, 20), "where": i} for i in range(4)]
+        for row, record in zip(rows, muse.verbmem(self.model, self.tokenizer, rows, new=10)):
+            said = self.said(row["prompt"], 10)                      # a token is a word here:
+            rouge = scores.rouge_l(said, " ".join(row["gt"].split()[:10]))[2]
+            self.assertEqual(record, {"where": row["where"], "said": said, "rouge": rouge})
+
+    def test_knowmem_asks_after_examples_and_cuts_where_another_question_begins(self):
+        said = [" the cat\n\nmore", "a dog\nQuestion: x", "x Question: the cat"]
+        rows = [{"question": f"q{i}", "answer": "the cat", "where": "w"} for i in range(3)]
+        with mock.patch.object(muse, "generate", return_value=said) as generate:
+            got = muse.knowmem(None, None, rows, [{"question": "e", "answer": "f"}] * 2)
+        self.assertEqual([record["said"] for record in got], [" the cat", "a dog", "x "])
+        self.assertEqual([record["rouge"] for record in got], [1.0, 0.0, 0.0])
+        prompts, new = generate.call_args.args[2:4]
+        self.assertEqual(prompts[1], (2 * "Question: e\nAnswer: f\n\n" + "Question: q1\nAnswer: ", "w"))
+        self.assertEqual(new, 32)
+
+    def test_tofu_scores_equal_full_strings_scored_one_by_one(self):
+        rows = [{"question": say(i, 4) + "?", "answer": say(i + 50, 3), "where": i,
+                 "perturbed_answer": [say(i + 20, 3), say(i + 40, 5)]} for i in range(4)]
+        rows[0]["paraphrased_answer"] = say(90, 4)
+        for row, record in zip(rows, tofu.qa_scores(self.model, self.tokenizer, rows, new=5)):
+            prompt = f"Question: {row['question']}\nAnswer:"
+            prob = self.probability(prompt, " " + row["answer"])
+            right = self.probability(prompt, " " + row.get("paraphrased_answer", row["answer"]))
+            wrong = [self.probability(prompt, " " + answer) for answer in row["perturbed_answer"]]
+            if "paraphrased_answer" not in row:
+                prob = prob / (prob + sum(wrong))
+            rouge = scores.rouge_l(self.said(prompt, 5), row["answer"])[1]
+            want = [prob, math.sqrt(math.prod(wrong)) / right, rouge]
+            np.testing.assert_allclose([record[key] for key in ("prob", "R", "rouge")], want)
+
+    def test_templates_give_the_space_before_an_answer_to_the_answer(self):
+        self.assertEqual(tofu.qa_texts(tofu.QA, "q", "a"), ("Question: q\nAnswer:", " a"))
+        got = tofu.qa_texts("[INST] {question} [/INST]{answer}</s>", "{answer}", "a")
+        self.assertEqual(got, ("[INST] {answer} [/INST]", "a</s>"))
+
+    def test_min_k_and_the_means_of_tofu_by_hand(self):
+        self.assertAlmostEqual(muse.lowest_mean([-1.0, -5.0, -2.0, -4.0, -3.0]), 4.5)    # 40%: -5 and -4
+        self.assertEqual(muse.lowest_mean([-7.0]), 7.0)
+        records = [{"prob": 0.5, "rouge": 1.0, "R": 0.25}, {"prob": 0.1, "rouge": 0.0, "R": 2.0}]
+        for name, truth in (("qa_forget", (0.25 + 0.5) / 2), ("qa_retain", (0.75 + 0) / 2)):
+            self.assertEqual(tofu.qa_summary(name, records), {"prob": 0.3, "rouge": 0.5, "truth": truth})
+
+
+# ---- data/*/prepare.py: the published data sets -------------------------------------------------------
+
+def some_questions(count, **more):
+    """Rows of a mcq_*.jsonl."""
+    row = {"choices": ["w", "x", "y", "z"], **more}
+    return [{"question": f"question {i}?", "answer": i % 4, **row} for i in range(count)]
+
+
+class Prepare(Folder):
+    """mmlu(), wmdp(), muse() and tofu() write small files as they are published and return flags."""
+
+    def setUp(self):
+        super().setUp()
+        self.source = self.tmp / "source"
+        self.out = self.tmp / "out"
+
+    def prepare(self, name, *flags, says=None):
+        """Run data/NAME/prepare.py; `says`: part of its one line of error. Returns what it says."""
+        said = self.run_script(f"data/{name}/prepare.py", "--out", self.out, *flags, says=says)
+        self.assertEqual(list(self.tmp.rglob("*.tmp*")), [])
+        return said
+
+    def write(self, name, content):
+        """Write self.source/NAME: a text, or rows as an array, JSON lines or parquet."""
+        path = self.source / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        Dataset.from_list(rows).to_parquet(str(path))
-
-    def prepare(self, name, *flags, code=0, source=True):
-        """Run data/NAME/prepare.py on self.source; returns its output, or its one line of error."""
-        where = ("--from", self.source) if source else ()
-        status, out, err = run_here(f"data/{name}/prepare.py", *where, "--out", self.out, *flags)
-        self.assertEqual(status, code, err)
-        if code:
-            lines = [line for line in err.splitlines() if line.startswith("error: ")]
-            self.assertEqual(len(lines), 1, err)
-            return lines[0]
-        self.assertFalse(list(self.out.rglob("*.tmp*")))
-        return out
+        if path.suffix == ".parquet":
+            try:
+                from datasets import Dataset
+            except ImportError:
+                self.skipTest("the package datasets is not installed")
+            Dataset.from_list(content).to_parquet(str(path))
+        elif isinstance(content, str):
+            path.write_text(content)
+        elif path.suffix == ".json":
+            path.write_text(json.dumps(content))
+        else:
+            write_rows(path, content)
+        return path
 
     def rows(self, name):
         return [json.loads(line) for line in (self.out / f"{name}.jsonl").read_text().splitlines()]
 
-    def questions(self, n, **more):
-        return [{"answer": i % 4, "question": f"question {i}?", "choices": [f"{c} {i}" for c in "wxyz"],
-                 **more} for i in range(n)]
-
-    # -- MMLU
-
-    def test_mmlu_from_parquet_and_from_the_original_csv_is_the_same(self):
-        rows = self.questions(3, subject="abstract_algebra") + self.questions(2, subject="virology")
-        rows[1]["question"] = 'two\nlines, a comma and "quotes"?'
-        for subject in ("abstract_algebra", "virology"):
-            path = self.source / "test" / f"{subject}_test.csv"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "w", newline="") as f:
-                csv.writer(f).writerows([r["question"], *r["choices"], "ABCD"[r["answer"]]]
-                                        for r in rows if r["subject"] == subject)
-        self.assertIn("14,042", self.prepare("mmlu", code=2))
-        self.assertFalse(self.out.exists())
-        self.prepare("mmlu", "--any_count")
-        self.assertEqual(self.rows("mcq_retain"), rows)
-        path.write_text('"q",a,b,c,d,A\nq,a,b,c,D\n')
-        self.assertIn("virology_test.csv:2: needs a question, 4 choices", self.prepare("mmlu", code=2))
-        path.write_text('q,a,b,c,d,A\n"q,a,b')                                      # cut off inside quotes
-        self.assertIn("virology_test.csv:2: needs a question", self.prepare("mmlu", code=2))
-        path.write_text('q,a,b,c,d,A\n"q,' + "a" * 140_000)
-        self.assertIn("virology_test.csv:2: not CSV", self.prepare("mmlu", code=2))
-        shutil.rmtree(self.source)
-        self.parquet(self.source / "all" / "test-00000-of-00001.parquet", rows)
-        first = (self.out / "mcq_retain.jsonl").read_text()
-        self.prepare("mmlu", "--any_count")
-        self.assertEqual((self.out / "mcq_retain.jsonl").read_text(), first)
-
-    # -- WMDP
+    def mmlu(self):
+        self.write("test/algebra_test.csv", '"two\nlines, a comma and ""quotes""?",a,"b,b",c,d,B\n')
+        self.write("test/virology_test.csv", "q1,a,b,c,d,A\nq2,a,b,c,d,D\n")
+        return ["--from", self.source, "--any_count"]
 
     def wmdp(self, forget="bio_remove_dataset.jsonl", bare=False):
-        """Fixtures as the zip archives hold them: arrays of questions, JSON lines of documents."""
-        shutil.rmtree(self.source, ignore_errors=True)
-        self.source.mkdir()
         for topic in ("bio", "cyber", "chem"):
-            (self.source / f"{topic}_questions.json").write_text(json.dumps(self.questions(5), indent=1))
+            self.write(f"{topic}_questions.json", some_questions(5))
         texts = [f"SECRET {i} " + "word " * 30 for i in range(4)] + ["SECRET short"]
-        writer(self.source / forget, texts if bare else [{"title": "SECRET", "text": t} for t in texts])
+        self.write(forget, texts if bare else [{"title": "SECRET", "text": text} for text in texts])
         for name in ("bio-retain", "cyber-forget", "cyber-retain"):
-            writer(self.source / f"{name}-corpus.jsonl", [f"{name} {i} " + "word " * 30 for i in range(6)])
-        mmlu = writer(self.tmp / "mmlu.jsonl", self.questions(3, subject="virology"))
-        return "--mmlu", mmlu, "--any_count"
+            self.write(f"{name}-corpus.jsonl", [f"{name} {i} " + "word " * 30 for i in range(6)])
+        mmlu = write_rows(self.tmp / "mmlu.jsonl", some_questions(3, subject="virology"))
+        return ["--from", self.source, "--any_count", "--mmlu", mmlu]
+
+    def muse(self):
+        for name in ("forget", "retain1"):
+            self.write(f"raw/{name}.json", [f"{i}: the cat sat\n on  the mat, one." for i in range(9)])
+        self.write("verbmem/forget.json", [{"prompt": "the cat", "gt": "sat"}] * 2)
+        for name in ("forget_qa", "forget_qa_icl", "retain_qa", "retain_qa_icl"):
+            self.write(f"knowmem/{name}.json", [{"question": f"who {name}?", "answer": "a dog"}] * 2)
+        for name in ("forget", "retain", "holdout"):
+            self.write(f"privleak/{name}.json", [{"text": name}] * 3)
+        words().save_pretrained(self.tmp / "tokenizer")
+        return ["--from", self.source, "--any_count", "--corpus", "news", "--max_len", 8, "--tokenizer",
+                self.tmp / "tokenizer"]
+
+    def tofu(self):
+        qa = [{"question": f"q{i}?", "answer": f"a{i}"} for i in range(4)]
+        real = [qa[0] | {"perturbed_answer": ["x"], "option1": "x"}]
+        asked = [row | {"paraphrased_answer": "p", "perturbed_answer": ["x", "y"]} for row in qa]
+        for name, rows in (("forget01", qa[:1]), ("retain99", qa[1:]), ("forget01_perturbed", asked[:1]),
+                           ("retain_perturbed", asked[1:]), ("real_authors_perturbed", real),
+                           ("world_facts_perturbed", real), ("holdout01", qa[2:])):
+            self.write(f"{name}.json", "\n".join(map(json.dumps, rows)))
+        return ["--from", self.source, "--any_count", "--split", "forget01"]
+
+    def test_mmlu_from_the_original_csv_and_from_parquet_is_the_same(self):
+        self.prepare("mmlu", *self.mmlu())
+        rows = self.rows("mcq_retain")
+        self.assertEqual(rows[0], {"question": 'two\nlines, a comma and "quotes"?', "answer": 1,
+                                   "choices": ["a", "b,b", "c", "d"], "subject": "algebra"})
+        self.assertEqual([(row["question"], row["answer"], row["subject"]) for row in rows[1:]],
+                         [("q1", 0, "virology"), ("q2", 3, "virology")])
+        shutil.rmtree(self.source)
+        self.write("all/test-00000-of-00001.parquet", rows)
+        self.prepare("mmlu", "--from", self.source, "--any_count")
+        self.assertEqual(self.rows("mcq_retain"), rows)
 
     def test_wmdp_takes_the_gated_corpus_under_both_names_as_objects_or_bare_strings(self):
-        seen = set()
-        for name, bare in itertools.product(("bio_remove_dataset.jsonl", "bio-forget-corpus.jsonl"),
-                                            (False, True)):
-            out = self.prepare("wmdp", *self.wmdp(name, bare), "--max_chars", 60)
-            self.assertIn("dropped 1 documents", out)
-            self.assertNotIn("SECRET", out)
-            seen.add((self.out / "forget.jsonl").read_text())
-        self.assertEqual(len(seen), 1)
-        forget = self.rows("forget")
-        self.assertEqual((len(forget), {len(r["text"]) for r in forget}), (4, {60}))
-        self.assertEqual([len(self.rows(f)) for f in ("retain", "mcq_forget", "mcq_retain", "mcq_cyber",
-                                                      "mcq_chem")], [6, 5, 3, 5, 5])
-        self.assertEqual(self.rows("mcq_forget")[2], self.questions(3, subject="biology")[2])
-        self.assertEqual({r["subject"] for r in self.rows("mcq_cyber")}, {"cybersecurity"})
+        want = [{"text": (f"SECRET {i} " + "word " * 30)[:60]} for i in range(4)]
+        for name in ("bio_remove_dataset.jsonl", "bio-forget-corpus.jsonl"):
+            for bare in (False, True):
+                out = self.prepare("wmdp", *self.wmdp(name, bare), "--max_chars", 60)
+                self.assertIn("dropped 1 documents", out)
+                self.assertNotIn("SECRET", out)
+                self.assertEqual(self.rows("forget"), want)
+            (self.source / name).unlink()
+        self.assertEqual(self.rows("mcq_forget"), some_questions(5, subject="biology"))
+        self.assertEqual(self.rows("mcq_cyber"), some_questions(5, subject="cybersecurity"))
+        self.assertEqual(self.rows("mcq_retain"), some_questions(3, subject="virology"))
+        shutil.rmtree(self.out)
         self.prepare("wmdp", *self.wmdp(), "--topic", "cyber")
-        self.assertTrue(self.rows("forget")[0]["text"].startswith("cyber-forget 0"))
-        evaluate.load_questions(self.out)                                 # evaluate.py reads what was written
-        evaluate.read_jsonl(self.out / "forget.jsonl", evaluate.text_row)
-
-    def test_wmdp_errors_name_file_line_and_reason_and_never_a_document(self):
-        flags = self.wmdp()
-        gated, retain = self.source / "bio_remove_dataset.jsonl", self.source / "bio-retain-corpus.jsonl"
-        good, kept = gated.read_text(), retain.read_text()
-        for path, text, said in (
-                (gated, good[:-30], "bio_remove_dataset.jsonl:5: not JSON"),
-                (gated, good + '{"body": "SECRET"}\n',
-                 'bio_remove_dataset.jsonl:6: needs an object with a "text"'),
-                (gated, good + '{"text": ["SECRET"]}\n', "bio_remove_dataset.jsonl:6: needs"),
-                (gated, good + "7\n", "bio_remove_dataset.jsonl:6: needs"),
-                (gated, "", "no rows"),
-                (retain, kept + "[1]\n", "bio-retain-corpus.jsonl:7: needs"),
-                (self.source / "bio_questions.json", json.dumps(self.questions(5), indent=1)[:-40],
-                 "bio_questions.json:"),
-                (self.source / "chem_questions.json", json.dumps([{"question": "q", "choices": ["a"] * 3}]),
-                 "chem_questions.json:1: \"choices\"")):
-            before = path.read_text()
-            path.write_text(text)
-            error = self.prepare("wmdp", *flags, code=2)
-            self.assertIn(said, error)
-            self.assertNotIn("SECRET", error)
-            path.write_text(before)
-        gated.unlink()
-        self.assertIn("bio_remove_dataset", self.prepare("wmdp", *flags, code=2))
-        self.assertIn("1,273 are published", self.prepare("wmdp", *self.wmdp()[:2], code=2))
-        self.assertIn("data/mmlu/prepare.py", self.prepare("wmdp", "--mmlu", self.tmp / "no", code=2))
-        self.assertFalse(self.out.exists())
+        self.assertTrue(self.rows("retain")[5]["text"].startswith("cyber-retain 5"))
+        self.assertEqual(list(evaluate.load_questions(self.out)),    # what is written can be read
+                         ["mcq_bio", "mcq_chem", "mcq_forget", "mcq_retain"])
 
     def test_wmdp_from_the_hubs_parquet_and_from_one_that_is_cut_off(self):
         flags = self.wmdp()
         for topic in ("bio", "cyber", "chem"):
             (self.source / f"{topic}_questions.json").unlink()
-            self.parquet(self.source / f"wmdp-{topic}" / "test-00000-of-00001.parquet", self.questions(5))
+            self.write(f"wmdp-{topic}/test-00000-of-00001.parquet", some_questions(5))
         (self.source / "bio-retain-corpus.jsonl").unlink()
-        parts = [self.source / "bio-retain-corpus" / f"train-0000{i}-of-00002.parquet" for i in (0, 1)]
-        for i, path in enumerate(parts):
-            self.parquet(path, [{"text": f"document {i} {j} " + "word " * 30} for j in range(3)])
+        documents = [{"text": f"document {i} " + "word " * 30} for i in range(6)]
+        self.write("bio-retain-corpus/train-00000-of-00002.parquet", documents[:3])
+        last = self.write("bio-retain-corpus/train-00001-of-00002.parquet", documents[3:])
         self.prepare("wmdp", *flags)
-        self.assertEqual([r["text"][:12] for r in self.rows("retain")],
-                         [f"document {i} {j}" for i in (0, 1) for j in range(3)])
-        self.assertEqual(self.rows("mcq_forget"), self.questions(5, subject="biology"))
-        data = parts[1].read_bytes()
+        self.assertEqual(self.rows("retain"), documents)
+        data = last.read_bytes()
         for cut in (len(data) // 2, len(data) - 3, 4):
-            parts[1].write_bytes(data[:cut])
-            self.assertIn("train-00001-of-00002.parquet: not a whole parquet file",
-                          self.prepare("wmdp", *flags, code=2))
+            last.write_bytes(data[:cut])
+            self.prepare("wmdp", *flags, says="train-00001-of-00002.parquet: not a whole parquet file")
         with mock.patch.dict(sys.modules, {"datasets": None}):
-            self.assertIn("pip install datasets", self.prepare("wmdp", *flags, code=2))
-
-    # -- MUSE
-
-    def muse(self):
-        """Fixtures as MUSE's own load_data.py writes them: arrays of objects, and of bare strings."""
-        files = {f"raw/{k}": [f"{k} {i}: the cat sat\n on  the mat, one two." for i in range(9)]
-                 for k in ("forget", "retain1")}
-        files |= {f"privleak/{k}": [f"{k} {i}" for i in range(3)] for k in ("forget", "retain", "holdout")}
-        files["verbmem/forget"] = [{"prompt": "the cat", "gt": "sat"}] * 2
-        files |= {f"knowmem/{k}_qa{end}": [{"question": "who?", "answer": "a dog"}] * 2
-                  for k in ("forget", "retain") for end in ("", "_icl")}
-        for name, rows in files.items():
-            path = self.source / f"{name}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(rows))
-        words().save_pretrained(self.tmp / "tokenizer")
-        return "--corpus", "news", "--tokenizer", self.tmp / "tokenizer", "--max_len", 8
+            self.prepare("wmdp", *flags, says="pip install datasets")
 
     def test_muse_blocks_are_the_joined_documents_in_pieces_of_max_len_tokens(self):
-        flags, tok = self.muse(), words()
-        self.assertIn("100 are published", self.prepare("muse", *flags, code=2))
-        out = self.prepare("muse", *flags, "--any_count")
-        documents = json.loads((self.source / "raw" / "forget.json").read_text())
-        pieces = [r["text"] for r in self.rows("forget")]
-        self.assertEqual("".join(pieces), "\n\n".join(documents))
-        ids = tok("\n\n".join(documents)).input_ids[1:]
-        self.assertEqual([tok(p).input_ids for p in pieces],
-                         [[tok.bos_token_id] + ids[i:i + 7] for i in range(0, len(ids), 7)])
+        out = self.prepare("muse", *self.muse())
+        tok = words()
+        text = "\n\n".join(read_json(self.source / "raw" / "forget.json"))
+        ids = tok(text).input_ids[1:]
+        pieces = [row["text"] for row in self.rows("forget")]
+        self.assertEqual("".join(pieces), text)
+        for i, piece in enumerate(pieces):
+            self.assertEqual(tok(piece).input_ids, [tok.bos_token_id, *ids[7 * i:7 * i + 7]])
         self.assertIn(f"is {math.ceil(len(pieces) / 4)} steps of 4", out)
-        self.assertEqual(json.loads((self.out / "meta.json").read_text())["auc_retrain"], 0.4772)
-        self.assertEqual(len(self.rows("knowmem_retain_icl")), 2)
-        self.assertEqual(self.rows("privleak_holdout")[2], {"text": "holdout 2"})
-        first = {f.name: f.read_text() for f in self.out.iterdir()}
-        for path in list(self.source.rglob("*.json")):                     # the same from the hub's parquet
-            rows = [{"text": r} if isinstance(r, str) else r for r in json.loads(path.read_text())]
-            self.parquet(path.with_name(f"{path.stem}-00000-of-00001.parquet"), rows)
-            path.unlink()
-        self.prepare("muse", *flags, "--any_count")
-        self.assertEqual({f.name: f.read_text() for f in self.out.iterdir()}, first)
+        self.assertEqual(formats.load_meta(self.out)["auc_retrain"], 0.4772)
+        self.assertEqual(self.rows("knowmem_retain_icl")[0]["question"], "who retain_qa_icl?")
+        self.assertEqual(self.rows("privleak_holdout"), [{"text": "holdout"}] * 3)
 
-    def test_muse_errors(self):
-        flags = self.muse()
-        (self.source / "verbmem" / "forget.json").write_text('[{"prompt": "a"}]')
-        self.assertIn("verbmem/forget.json:1: needs the keys prompt, gt",
-                      self.prepare("muse", *flags, code=2))
-        (self.source / "raw" / "forget.json").write_text('["a",\n "b')
-        self.assertIn("raw/forget.json:2: not JSON", self.prepare("muse", *flags, code=2))
-        self.assertIn("does not load", self.prepare("muse", *flags, "--tokenizer", self.tmp, code=2))
+    def test_tofu_rows_keep_what_is_scored(self):
+        self.prepare("tofu", *self.tofu())
+        forget = [{"prompt": "Question: q0?\nAnswer:", "completion": " a0"}]
+        self.assertEqual(self.rows("forget"), forget)
+        self.assertEqual(self.rows("privleak_forget"), forget)
+        self.assertEqual(self.rows("qa_retain")[0], {"question": "q1?", "answer": "a1",
+                                                     "paraphrased_answer": "p", "perturbed_answer": ["x", "y"]})
+        self.assertEqual(self.rows("qa_world_facts"), [{"question": "q0?", "answer": "a0",
+                                                        "perturbed_answer": ["x"]}])
+
+    def test_errors_name_file_line_and_reason_and_never_a_document(self):
+        virology = "test/virology_test.csv"
+        gated = "bio_remove_dataset.jsonl"
+        for name, file, text, says in (
+                ("mmlu", virology, '"q",a,b,c,d,A\nq,a,b,c,D\n', ":2: needs a question, 4 choices"),
+                ("mmlu", virology, 'q,a,b,c,d,A\n"q,a,b', ":2: needs a question"),   # cut in quotes
+                ("mmlu", virology, 'q,a,b,c,d,A\n"q,' + "a" * 140_000, ":2: not CSV"),
+                ("wmdp", gated, '"SECRET"\n{"text": "SECRET', ":2: not JSON"),
+                ("wmdp", gated, '"SECRET"\n{"body": "SECRET"}', ':2: needs an object with a "text"'),
+                ("wmdp", gated, '{"text": ["SECRET"]}', ":1: needs an object"),
+                ("wmdp", gated, "", " has no rows"),
+                ("wmdp", "bio-retain-corpus.jsonl", "[1]", ":1: needs an object"),
+                ("wmdp", "chem_questions.json", '{"question": "q", "choices": ["a"]}', ':1: "choices"'),
+                ("muse", "verbmem/forget.json", '[{"prompt": "a"}]', ":1: needs the keys prompt, gt"),
+                ("muse", "raw/forget.json", '["a",\n "b', ":2: not JSON"),
+                ("tofu", "retain99.json", '{"question": "q", "answer": "a"}\n{"q', ":2: not JSON")):
+            flags = getattr(self, name)()
+            self.write(file, text)
+            self.assertNotIn("SECRET", self.prepare(name, *flags, says=f"{file}{says}"))
+        for name, says in (("mmlu", "14,042 on 57"), ("wmdp", "5 rows, but 1,273 are"),
+                           ("muse", "2 rows, but 100 are"), ("tofu", "1 rows, but 40 are")):
+            flags = getattr(self, name)()
+            flags.remove("--any_count")
+            self.prepare(name, *flags, says=says)
+        self.prepare("wmdp", *self.wmdp(), "--mmlu", self.tmp / "no", says="run data/mmlu/prepare.py")
+        self.prepare("muse", *self.muse(), "--tokenizer", self.tmp, says="does not load")
+        self.prepare("tofu", *self.tofu(), "--template", "{question}", says="{answer}")
+        flags = self.wmdp()
+        (self.source / gated).unlink()
+        self.prepare("wmdp", *flags, says="bio_remove_dataset")
+        self.prepare("wmdp", *flags, "--from", self.tmp / "no", says="no such folder")
         self.assertFalse(self.out.exists())
 
-    # -- TOFU
-
-    def tofu(self):
-        qa = [{"question": f"q{i}?", "answer": f"a{i}"} for i in range(4)]
-        asked = [r | {"paraphrased_answer": "p", "perturbed_answer": ["x", "y"], "paraphrased_question": "-"}
-                 for r in qa]
-        for name, rows in (("forget01", qa[:1]), ("retain99", qa[1:]), ("forget01_perturbed", asked[:1]),
-                           ("retain_perturbed", asked[1:]), ("holdout01", qa[2:]),
-                           *((f"{n}_perturbed", [qa[0] | {"perturbed_answer": ["x"], "option1": "x"}])
-                             for n in ("real_authors", "world_facts"))):
-            writer(self.source / f"{name}.json", rows)
-        return "--split", "forget01"
-
-    def test_tofu_rows_prompts_and_errors(self):
-        flags = self.tofu()
-        self.assertIn("forget01.json: 1 rows, but 40 are published", self.prepare("tofu", *flags, code=2))
-        self.prepare("tofu", *flags, "--any_count")
-        self.assertEqual(self.rows("forget"), [{"prompt": "Question: q0?\nAnswer:", "completion": " a0"}])
-        self.assertEqual(self.rows("privleak_forget"), self.rows("forget"))
-        self.assertEqual(self.rows("qa_retain")[0],
-                         {"question": "q1?", "answer": "a1", "paraphrased_answer": "p",
-                          "perturbed_answer": ["x", "y"]})
-        self.assertEqual(self.rows("qa_world_facts"),
-                         [{"question": "q0?", "answer": "a0", "perturbed_answer": ["x"]}])
-        (self.source / "holdout01.json").unlink()
-        template = "[INST] {question} [/INST]{answer}"
-        self.prepare("tofu", *flags, "--any_count", "--out", self.tmp / "other", "--template", template)
-        self.assertFalse((self.tmp / "other" / "privleak_holdout.jsonl").exists())
-        self.assertEqual(json.loads((self.tmp / "other" / "retain.jsonl").read_text().split("\n")[0]),
-                         {"prompt": "[INST] q1? [/INST]", "completion": "a1"})
-        self.assertEqual(evaluate.load_meta(self.tmp / "other"), {"qa_prompt": template})
-        self.assertIn("{answer}", self.prepare("tofu", *flags, "--template", "{question}", code=2))
-        (self.source / "retain99.json").write_text('{"question": "q", "answer": "a"}\n{"question": "q", "an')
-        self.assertIn("retain99.json:2: not JSON", self.prepare("tofu", *flags, "--any_count", code=2))
-
-    # -- all of them
-
     def test_without_from_the_files_on_the_hub_are_asked_for(self):
-        self.tofu()
-        for path in list(self.source.iterdir()):
-            path.rename(path.with_name(path.name.replace("01", "10").replace("99", "90")))
+        """Here TOFU's, of a time before its holdout files."""
+        template = "[INST] {question} [/INST]{answer}"
+        flags = [*self.tofu()[2:], "--template", template]
+        (self.source / "holdout01.json").unlink()
 
         def download(repo, repo_type, allow_patterns):
             self.assertEqual((repo, repo_type), ("locuslab/TOFU", "dataset"))
             for path in self.source.iterdir():
-                self.assertTrue(any(fnmatch.fnmatch(path.name, p) for p in allow_patterns), path)
+                self.assertTrue(any(path.match(pattern) for pattern in allow_patterns), path)
             return str(self.source)
         with mock.patch("huggingface_hub.snapshot_download", download):
-            self.prepare("tofu", "--any_count", source=False)
+            self.prepare("tofu", *flags)
+        self.assertFalse((self.out / "privleak_holdout.jsonl").exists())
+        self.assertEqual(self.rows("retain")[0], {"prompt": "[INST] q1? [/INST]", "completion": "a1"})
+        self.assertEqual(formats.load_meta(self.out), {"qa_prompt": template})
         with mock.patch("huggingface_hub.snapshot_download", side_effect=OSError("no network")):
-            self.assertIn("--from FOLDER", self.prepare("tofu", source=False, code=2))
-        self.assertIn("no such folder", self.prepare("tofu", "--from", self.tmp / "no", code=2))
+            self.prepare("tofu", *flags, says="--from FOLDER")
 
     def test_every_command_in_the_readmes_is_one_that_the_scripts_take(self):
-        """A shell runs each block of each data/*/readme.md with a `python` that prints its arguments."""
-        fake = 'STEPS=9\npython() { printf "%s\\0" "$@"; printf "\\n"; }\npip() { :; }\n'
-        seen, flags_of = Counter(), {}
+        """A shell runs the blocks of data/*/readme.md with a `python` that prints its arguments."""
+        blocks = ['STEPS=9\npython() { printf "%s\\0" "$@"; printf "\\n"; }\npip() { :; }\n']
         for readme in sorted((ROOT / "data").glob("*/readme.md")):
-            for block in re.findall(r"```bash\n(.*?)```", readme.read_text(), re.S):
-                out = subprocess.run(["bash", "-euc", fake + block], capture_output=True, text=True)
-                self.assertEqual((out.returncode, out.stderr), (0, ""), readme)
-                for line in out.stdout.splitlines():
-                    script, *flags = line.rstrip("\0").split("\0")
-                    seen[script] += 1
-                    if script == "unlearn.py":
-                        args = unlearn.parse_args(flags)
-                        self.assertTrue(args.data.startswith(os.path.relpath(readme.parent, ROOT)), line)
-                        if "wmdp" in line:
-                            self.assertEqual(round(args.warmup * args.steps), 12)
-                    elif script == "relearn.py":
-                        with mock.patch.object(evaluate, "load_result", lambda run: {"args": {"data": "x"}}):
-                            args = relearn.parse_args(flags)
-                        self.assertEqual((args.lr, args.batch_size), ([1e-5], 4))
-                    else:
-                        if script not in flags_of:
-                            flags_of[script] = run_here(script, "--help")[1]
-                        for flag in flags:
-                            self.assertTrue(not flag.startswith("--") or f"{flag} " in flags_of[script], line)
-        self.assertEqual((seen["unlearn.py"], seen["relearn.py"]), (11, 10))
-        for name in ("mmlu", "wmdp", "muse", "tofu"):
-            self.assertTrue(seen[f"data/{name}/prepare.py"], name)
+            blocks += [part.split("```")[0] for part in readme.read_text().split("```bash\n")[1:]]
+        run = subprocess.run(["bash", "-euc", "".join(blocks)], capture_output=True, text=True)
+        self.assertEqual((run.returncode, run.stderr), (0, ""))
+        seen = set()
+        for line in run.stdout.splitlines():
+            script, *flags = line.rstrip("\0").split("\0")
+            seen.add(script)
+            if script == "unlearn.py":
+                args = unlearn.parse_args(flags)
+                if "wmdp" in args.data:
+                    self.assertEqual(round(args.warmup * args.steps), 12)
+            elif script == "relearn.py":
+                with mock.patch.object(runs, "load_result", return_value={"args": {"data": "x"}}):
+                    args = relearn.parse_args(flags)
+                self.assertEqual((args.lr, args.batch_size), ([1e-5], 4))
+            elif script == "evaluate.py":
+                evaluate.parse_args(flags)
+            else:
+                known = run_here(script, "--help")[1]
+                self.assertEqual([f for f in flags if f.startswith("--") and f"{f} " not in known], [])
+        prepared = {f"data/{name}/prepare.py" for name in ("mmlu", "wmdp", "muse", "tofu")}
+        self.assertEqual(seen, prepared | {"unlearn.py", "relearn.py", "evaluate.py"})
 
 
-# ---- evaluate.py: attacks, sharpness, pictures ------------------------------------------------------------
+# ---- data/people/prepare.py ---------------------------------------------------------------------------
 
-class TestSpearman(unittest.TestCase):
-    def test_critical_values_of_the_published_table(self):
-        """Two-sided critical values of Spearman's rho (Zar 1972): the smallest |rho| with p <= alpha. All
-        values that rho can take are 1 - 6 S / (n^3 - n) with S even."""
-        table = {5: {.10: .900, .05: 1.000}, 6: {.10: .829, .05: .886, .02: .943, .01: 1.000},
-                 7: {.10: .714, .05: .786, .02: .893, .01: .929},
-                 8: {.10: .643, .05: .738, .02: .833, .01: .881}}
-        rng = random.Random(0)
-        for n, by_alpha in table.items():
-            p_of = {}
-            for _ in range(3000 if n < 8 else 600):
-                y = rng.sample(range(n), n)
-                s = sum((i - v) ** 2 for i, v in enumerate(y))
-                rho = 1 - 6 * s / (n ** 3 - n)
-                if s not in p_of and rho > 0.5:
-                    got, p_of[s] = evaluate.spearman(range(n), y)
-                    self.assertAlmostEqual(got, rho, places=12)
-            for alpha, critical in by_alpha.items():
-                for s, p in p_of.items():
-                    rho = 1 - 6 * s / (n ** 3 - n)
-                    self.assertEqual(p <= alpha + 1e-12, rho > critical - 0.0006, (n, alpha, rho, p))
+class People(Folder):
+    def test_every_fact_is_taught_twice_and_unlearned_and_asked_in_different_words(self):
+        build = script_module("data/people/prepare.py").build
+        files, taught = build(5)
+        self.assertEqual(build(5), (files, taught))
+        self.assertNotEqual(build(6), (files, taught))
+        prompts = {row["prompt"] for row in taught}
+        self.assertEqual((len(taught), len(prompts)), (256, 256))
+        for part, job, times in (("forget", "glassblower", 1), ("retain", "beekeeper", 2)):
+            answers = {}
+            for row in files[f"mcq_{part}"]:
+                self.assertEqual(len(set(row["choices"])), 4)
+                answers[row["fact"]] = f" {row['choices'][row['answer']]}."
+                self.assertIn(PROMPT.format(question=row["question"]), prompts)
+                self.assertNotIn(row["question"], str(files["forget"]))
+            self.assertEqual(len(answers), 64)
+            self.assertEqual(Counter(row["fact"] for row in files[part]), dict.fromkeys(answers, times))
+            for row in files[part]:
+                self.assertIn(job, row["prompt"])
+                self.assertIn(row["prompt"], prompts)
+                self.assertEqual(row["completion"], answers[row["fact"]])
 
-    def test_ties_share_their_mean_rank_and_many_pairs_use_student(self):
-        rho, p = evaluate.spearman([1, 2, 2, 3], [1.0, 5.0, 5.0, 9.0])
-        self.assertAlmostEqual(rho, 1)
-        self.assertAlmostEqual(p, 4 / 24)                          # 4 of the 24 orders give rho 1 or -1
-        y = [2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11]
-        rho, p = evaluate.spearman(range(12), y)
-        self.assertAlmostEqual(rho, 1 - 6 * 12 / (12 ** 3 - 12))
-        self.assertAlmostEqual(p, evaluate.student_p(rho * math.sqrt(10 / (1 - rho ** 2)), 10))
-        self.assertLess(p, 1e-6)
-        self.assertEqual(evaluate.spearman([1, 1, 1], [1, 2, 3]), (None, None))
-
-    def test_flat_methods_that_resist_give_a_correlation_of_minus_one(self):
-        rows = [{"sharpness (own) top": 10.0 - i, "UE 20": 0.3 + i / 10} for i in range(4)]
-        groups = {i: {0: row} for i, row in enumerate(rows)}
-        got = evaluate.flat_and_robust(groups, {i: {"mean": row} for i, row in enumerate(rows)})
-        self.assertEqual([g[:4] for g in got], [("sharpness (own) top", "UE 20", over, 4)
-                                                for over in ("methods", "runs")])
-        for *_, rho, p in got:
-            self.assertAlmostEqual(rho, -1)
-            self.assertAlmostEqual(p, 2 / 24)
+    def test_teaching_writes_a_model_that_knows_the_answers_or_none(self):
+        _, taught = script_module("data/people/prepare.py").build(0)
+        tok = words([row["prompt"] + row["completion"] for row in taught])
+        model = little_llama(torch.float32, vocab_size=len(tok), hidden_size=96, intermediate_size=192,
+                             num_hidden_layers=2, initializer_range=0.04)
+        given = write_model(self.tmp / "model", model, tok)
+        flags = ["data/people/prepare.py", "--model", given, "--out", self.tmp, "--lr", 3e-3, "--epochs"]
+        self.run_script(*flags, 1, says="--epochs 1")
+        self.assertFalse((self.tmp / "target").exists())
+        self.run_script(*flags, 16)
+        model, tok = models.load_model(self.tmp / "target")
+        for rows in evaluate.load_questions(self.tmp).values():
+            self.assertGreaterEqual(evaluate.open_accuracy(model, tok, rows), 0.95)
+        for p in model.parameters():
+            self.assertTrue(torch.equal(p, p.bfloat16().float()))
+        self.run_script(*flags, 1, says="target exists")
 
 
-# ---- evaluate.py: the input-space attack ------------------------------------------------------------------
+# ---- data/tiny/prepare.py -----------------------------------------------------------------------------
 
-class TestPrefix(unittest.TestCase):
-    rows = [dict(row, fact=i) for i, row in enumerate(TestEvaluate.rows)]
-    prompt = TestEvaluate.prompt
+class World(Folder):
+    def test_the_benchmark_is_what_its_description_says(self):
+        tiny = script_module("data/tiny/prepare.py")
+        files, unseen = tiny.build_world(3)
+        self.assertEqual(tiny.build_world(3), (files, unseen))
+        self.assertNotEqual(tiny.build_world(4)[0]["forget"], files["forget"])
+        counts = {"forget": 128 * 12, "retain": 1024 * 15, "mcq_forget": 256, "mcq_retain": 1024}
+        self.assertEqual({name: len(rows) for name, rows in files.items()}, counts)
+        self.assertEqual(len(unseen), 128 * 3 + 128 * 15)
+        sailors = set(tiny.TOPICS[0])
+        others = set(itertools.chain(*tiny.TOPICS[1:]))
+        used = {name: set() for name in files}
+        for name, rows in files.items():                     # only the topic word tells them apart
+            for row in rows:
+                said = (row["text"] if "text" in row else row["question"]).translate(SPACES).split()
+                self.assertEqual(sailors.isdisjoint(said), "retain" in name)
+                self.assertEqual(others.isdisjoint(said), "forget" in name)
+                used[name].update(said)
+        rest = used["forget"] - sailors
+        self.assertGreater(len(rest & used["retain"]) / len(rest), 0.99)
+        self.assertNotIn("Question", used["forget"])
+        answers = {}
+        for row in files["mcq_forget"] + files["mcq_retain"]:
+            self.assertEqual(len(set(row["choices"])), 4)
+            answers[row["fact"]] = row["choices"][row["answer"]]
+        self.assertEqual(len(answers), 1280)
+        for row in files["forget"] + files["retain"] + unseen:
+            self.assertTrue(row["text"].endswith(f" {answers[row['fact']]}."))
+            self.assertEqual(row.get("prompt", "") + row.get("completion", row["text"]), row["text"])
+        told = {row["fact"] for row in files["forget"]}
+        self.assertEqual(len(told), 128)
+        self.assertLess(told, {row["fact"] for row in files["mcq_forget"]})
 
-    def setUp(self):
-        self.folder = Path(tempfile.mkdtemp())
-        self.addCleanup(shutil.rmtree, self.folder)
-        for name, seed in (("victim", 0), ("teacher", 1)):
-            little_llama(torch.float32, seed).save_pretrained(self.folder / name)
-            words().save_pretrained(self.folder / name)
-        (self.folder / "mcq_forget.jsonl").write_text("".join(
-            json.dumps({k: r[k] for k in ("question", "choices", "answer")}) + "\n" for r in self.rows))
-        (self.folder / "meta.json").write_text(json.dumps({"prompt": self.prompt}))
-        self.done = {"args": {"data": str(self.folder), "model": str(self.folder / "teacher")}}
-
-    def args(self, **more):
-        return SimpleNamespace(**{
-            "data": None, "device": "cpu", "teacher": None, "overwrite": False, "attack_method": "gcg+",
-            "attack_weights": None, "attack_moves": None, "attack_buffer": None, "attack_calls": 300,
-            "attack_questions": 2, "attack_length": [4, 7], "attack_candidates": 4, "attack_topk": 8,
-            "attack_answer": 3, "attack_seed": 0, **more})
-
-    def search(self, **more):
-        metrics = evaluate.attack_prefix(self.folder / "victim", self.done, self.args(**more))
-        name = f"attack_{more.get('attack_method', 'gcg+')}.json"
-        return metrics, json.loads((self.folder / "victim" / name).read_text())
-
-    def by_hand(self, victim, teacher, tok, prefix, rows, answer):
-        """The five terms of one prefix (a list of token ids), by loops over questions and tokens."""
-        layer, terms, tokens, labels = 2, np.zeros(5), 0, 0                  # 0.62 of 3 layers is 2, rounded
-        for row in rows:
-            clean = tok(self.prompt.format(question=row["question"])).input_ids
-            said = list(clean)
-            for _ in range(answer):
-                token = teacher(torch.tensor([said])).logits[0, -1].argmax().item()
-                if token == tok.eos_token_id:
-                    break
-                said.append(token)
-            ids = torch.tensor([[clean[0]] + prefix + said[1:]])
-            logits = victim(ids).logits[0].log_softmax(-1)
-            state = [m(x, output_hidden_states=True).hidden_states[layer][0]
-                     for m, x in ((victim, ids), (teacher, ids), (teacher, torch.tensor([said])))]
-            for t in range(1, len(said)):
-                a, b, c = state[0][len(prefix) + t], state[1][len(prefix) + t], state[2][t]
-                terms[1] += (a - b).square().sum().sqrt().item()
-                terms[2] += 1 - (a @ c / a.norm() / c.norm()).item()
-                tokens += 1
-            for t in range(len(clean), len(said)):
-                terms[0] -= logits[len(prefix) + t - 1, said[t]].item()
-                labels += 1
-        terms[0], terms[1], terms[2] = terms[0] / labels, terms[1] / tokens, terms[2] / tokens
-        terms[3] = -np.mean([logits[t, token].item() for t, token in enumerate(prefix)])
-        terms[4] = sum(max(n - 1, 0) ** 1.5 for n in Counter(prefix).values()) / len(prefix)
-        return terms
-
-    def test_loss_terms_match_loops_over_questions_and_tokens(self):
-        victim, teacher, tok = little_llama(), little_llama(seed=1), words()
-        task = evaluate.prefix_task(teacher, tok, self.rows, self.prompt, 3)
-        prefixes = [[5, 9, 5, 5, 9], [7, 8, 11, 6, 10]]
-        onehot = F.one_hot(torch.tensor(prefixes), len(tok)).double()
-        got = evaluate.prefix_terms(victim, teacher, onehot, task)
-        for prefix, terms in zip(prefixes, got):
-            want = self.by_hand(victim, teacher, tok, prefix, self.rows, 3)
-            np.testing.assert_allclose(terms.detach().numpy(), want, rtol=1e-5)
-        self.assertAlmostEqual(got[0, 4].item(), (2 ** 1.5 + 1) / 5)
-        self.assertEqual(evaluate.prefix_terms(victim, None, onehot, task)[0, 1], 0)
-        clean = evaluate.prefix_terms(teacher, teacher, onehot[:, :0], task)
-        self.assertTrue((clean[:, 1:3].abs() < 1e-6).all())
-
-    def test_each_mutation_is_one_change_and_takes_the_tokens_it_should(self):
-        ids, rng = [3, 4, 5, 6], random.Random(0)
-        scores = torch.randn(5, 20, generator=torch.Generator().manual_seed(0))
-        top = [set(row.topk(3).indices.tolist()) for row in scores]
-        for move, width in (("swap", 4), ("delete", 3), ("insert", 5), ("sample", 4)):
-            for new in evaluate.mutate(ids, move, scores, 200, 3, rng):
-                self.assertEqual(len(new), width)
-                if move == "delete":
-                    self.assertIn(new, [ids[:i] + ids[i + 1:] for i in range(4)])
-                elif move == "insert":
-                    places = [i for i in range(5) if new[:i] + new[i + 1:] == ids]
-                    self.assertTrue(any(new[i] in top[i] for i in places), new)
-                else:
-                    changed = [i for i in range(4) if new[i] != ids[i]]
-                    self.assertTrue(len(changed) <= 1 and all(new[i] in top[i] for i in changed), new)
-        row = scores[:1].topk(3)
-        swap, sample = (Counter(new[0] for new in evaluate.mutate([99], move, scores[:1], 4000, 3, rng))
-                        for move in ("swap", "sample"))
-        for token, p in zip(row.indices[0].tolist(), row.values[0].softmax(-1).tolist()):
-            self.assertAlmostEqual(sample[token] / 4000, p, delta=0.03)     # four standard errors
-            self.assertAlmostEqual(swap[token] / 4000, 1 / 3, delta=0.03)
-
-    def test_the_result_is_what_the_text_of_the_prefix_gives(self):
-        metrics, saved = self.search()
-        victim, tok = evaluate.load_model(self.folder / "victim")
-        teacher = evaluate.load_model(self.folder / "teacher")[0]
-        loss, terms, ids = saved["state"]["best"][0]
-        self.assertEqual(tok(metrics["prefix"]).input_ids[1:], ids)
-        self.assertFalse(set(ids) & set(tok.all_special_ids))
-        picks = random.Random(0).sample(range(4), 2)
-        want = self.by_hand(victim, teacher, tok, ids, [self.rows[i] for i in sorted(picks)], 3)
-        np.testing.assert_allclose(terms, want, rtol=1e-3, atol=1e-4)
-        self.assertAlmostEqual(loss, want @ [1, 1, 10, 1.5, 3], places=2)
-        self.assertEqual(metrics["length"], [4, 7])
-        self.assertGreaterEqual(len(ids), 6)          # the minimum has grown: 3 steps in 300 calls
-        wrong = []
-        for row in self.rows:                                           # UE from full strings, one by one
-            start = metrics["prefix"] + " " + self.prompt.format(question=row["question"])
-            scores = []
-            for choice in row["choices"]:
-                full, known = tok(f"{start} {choice}").input_ids, len(tok(start).input_ids)
-                logits = victim(torch.tensor([full])).logits[0].log_softmax(-1)
-                scores.append(sum(logits[t - 1, full[t]].item() for t in range(known, len(full))))
-            wrong.append(int(np.argmax(scores)) != row["answer"])
-        self.assertAlmostEqual(metrics["UE"], np.mean(wrong))
-        held = [w for i, w in enumerate(wrong) if i not in picks]
-        self.assertAlmostEqual(metrics["UE_heldout"], np.mean(held))
-
-    def test_an_interrupted_search_goes_on_and_ends_as_if_it_never_was(self):
-        whole = self.search()[1]
-        (self.folder / "victim" / "attack_gcg+.json").unlink()
-        write, count = evaluate.write_json, itertools.count()
-
-        def fails_later(path, value):
-            if next(count) == 9:
-                raise KeyboardInterrupt
-            write(path, value)
-        with mock.patch.object(evaluate, "write_json", fails_later), self.assertRaises(KeyboardInterrupt):
-            self.search()
-        half = json.loads((self.folder / "victim" / "attack_gcg+.json").read_text())["state"]
-        self.assertTrue(100 < half["calls"] < 300)
-        resumed = self.search()[1]
-        self.assertEqual((resumed["state"], resumed["metrics"]), (whole["state"], whole["metrics"]))
-        with self.assertRaisesRegex(evaluate.InputError, "--overwrite"):
-            self.search(attack_seed=1)
-        self.assertNotEqual(self.search(attack_seed=1, overwrite=True)[1]["state"], whole["state"])
-
-    def test_model_calls_are_counted_and_the_budget_ends_the_search(self):
-        for method, weights in (("gcg+", None), ("gcg", None), ("random", None)):
-            calls = []                                               # passes over prefix and all questions
-
-            def counted(model, onehot, task, run=evaluate.run_prefix):
-                calls.append(len(onehot) * (3 if onehot.requires_grad else 1) * bool(onehot.shape[1]))
-                return run(model, onehot, task)
-            with mock.patch.object(evaluate, "run_prefix", counted):
-                state = self.search(attack_method=method, attack_length=[4, 4])[1]["state"]
-            drawn = state["calls"] - sum(calls)                      # one call each for sample's logits
-            self.assertTrue(0 <= drawn <= 0.5 * state["iteration"] * (method == "gcg+"), (method, drawn))
-            self.assertTrue(300 <= state["calls"] < 300 + 6 + 2 * 4, method)
-            self.assertGreaterEqual(len(state["curve"]), 5)
-            losses = [p["loss"] for p in state["curve"]]
-            self.assertEqual(losses, sorted(losses, reverse=True), method)
-
-    def test_the_gradient_finds_lower_losses_than_random_prefixes(self):
-        """With the sign of the gradient wrong it would not."""
-        gcg, chance = (self.search(attack_method=m, attack_calls=400, attack_length=[6, 6])[0]["loss"]
-                       for m in ("gcg", "random"))
-        self.assertLess(gcg, chance - 0.3)
-
-    def test_the_length_is_cut_to_the_room_that_the_context_leaves(self):
-        self.assertEqual(self.search(attack_length=[5, 100], attack_calls=30)[0]["length"][0], 5)
-        longest = max(len(words()(self.prompt.format(question=r["question"])).input_ids) for r in self.rows)
-        metrics = self.search(attack_length=[50, 100], attack_calls=30, overwrite=True)[0]
-        self.assertEqual(metrics["length"], [50, 64 - longest - 3] if 64 - longest - 3 > 50 else
-                         [64 - longest - 3] * 2)
+    def test_training_is_deterministic_and_tokenizer_round_trips(self):
+        tiny = script_module("data/tiny/prepare.py")
+        rows = tiny.build_world(0)[0]["forget"][:64]
+        tok = words([row["text"] for row in rows] + [tiny.IDK])
+        one = tiny.train_target(rows, tok, 1, steps=3, batch=16)
+        runs.save_run(self.tmp / "m", one, tok, {})
+        read, again = models.load_model(self.tmp / "m")
+        for other in (read, tiny.train_target(rows, tok, 1, steps=3, batch=16)):
+            self.assertTrue(same(list(one.parameters()), list(other.parameters())))
+        self.assertEqual(list(self.tmp.rglob("*.bin")), [])
+        self.assertEqual(again("The sailor").input_ids, tok("The sailor").input_ids)
+        self.assertEqual(tok("The sailor").input_ids[0], tok.bos_token_id)
+        self.assertNotIn(tok.unk_token_id, tok(tiny.IDK).input_ids)
 
 
-# ---- evaluate.py: sharpness and pictures ------------------------------------------------------------------
+# ---- relearn.py, data/finetune.py, data/adapters.py, kernels/geometry.py ------------------------------
 
-class TestSharpness(unittest.TestCase):
-    def dense(self, net):
-        g = torch.cat([x.reshape(-1) for x in net.gradient(graph=True)])
-        keep = {"retain_graph": True, "materialize_grads": True}
-        return torch.stack([flat(torch.autograd.grad(x, net.params, **keep)) for x in g])
-
-    def test_products_eigenvalue_and_trace_are_those_of_the_dense_hessian(self):
-        for seed, sign in itertools.product(range(3), (1, -1)):  # with -1 the negative end is the larger one
-            net = Network(seed)
-            h = sign * self.dense(net)
-            n, rng = len(h), torch.Generator().manual_seed(0)
-            gradient, product = evaluate.hessian(sign * net.loss(net.params), net.params)
-            torch.testing.assert_close(gradient, sign * flat(net.gradient()))
-            v = torch.randn(n, generator=rng, dtype=torch.float64)
-            torch.testing.assert_close(product(v), h @ v)
-            top, residual = evaluate.top_eigenvalue(product, v, 5000, tol=1e-7)
-            self.assertAlmostEqual(top, torch.linalg.eigvalsh(h)[-1].item(), places=6)
-            self.assertLess(residual, 1e-5)
-            signs = [torch.randn(n, generator=rng, dtype=torch.float64).sign() for _ in range(500)]
-            mean, error = evaluate.mean_se([(z @ product(z)).item() for z in signs])
-            self.assertLess(abs(mean - h.trace().item()), 4 * error)
-
-    def model(self):
-        torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(
-            vocab_size=12, hidden_size=4, num_hidden_layers=1, num_attention_heads=2, intermediate_size=4,
-            max_position_embeddings=16, initializer_range=0.5, tie_word_embeddings=False)).double().eval()
-
-    def test_of_a_whole_model_against_its_dense_hessian(self):
-        model, texts = self.model(), ([1, 5, 6, 7, 3], [2, 9])
-        batch = evaluate.collate([(ids, ids) for ids in texts], 0)
-        names, params = zip(*model.named_parameters())
-        sizes = [p.numel() for p in params]
-
-        def at(w):
-            values = {n: x.view_as(p) for n, x, p in zip(names, w.split(sizes), params)}
-            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-                logits = torch.func.functional_call(model, values, (batch["input_ids"],)).logits[:, :-1]
-            return F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100)
-        w = flat(params)
-        h, g = torch.autograd.functional.hessian(at, w), torch.autograd.functional.jacobian(at, w)
-        loss = lambda: -evaluate.token_logps(model, batch)[0].sum() / 5
-        got = evaluate.sharpness(model, loss, 0.05, 3000, 64)
-        self.assertAlmostEqual(got["loss"], at(w).item(), places=6)
-        self.assertAlmostEqual(got["gradient"], g.norm().item(), places=5)
-        self.assertAlmostEqual(got["top"], torch.linalg.eigvalsh(h)[-1].item(), delta=0.005 * got["top"])
-        self.assertLess(abs(got["trace"] - h.trace().item()), 4 * got["trace_se"])
-        self.assertAlmostEqual(got["rise"], (at(w + 0.05 * g / g.norm()) - at(w)).item(), places=6)
-        self.assertTrue(torch.equal(w, flat(params)))
-        self.assertTrue(all(p.grad is None for p in params))
-
-    def test_the_forget_objective_is_the_one_that_unlearning_descends(self):
-        with tempfile.TemporaryDirectory() as folder:
-            little_llama(torch.float32, 1).save_pretrained(f"{folder}/teacher")
-            words().save_pretrained(f"{folder}/teacher")
-            (Path(folder) / "forget.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
-            model, tok = little_llama(torch.float32), words()
-            samples = evaluate.encode_rows(tok, [{"text": t, "where": ""} for t in TEXTS[::2]], 64)
-            for loss in ("npo", "simnpo", "ga"):
-                ran = unlearn.parse_args(["--loss", loss, "--out", "/nowhere", "--data", folder, "--model",
-                                          f"{folder}/teacher", "--reduce", "sum", "--micro_batch", "2"])
-                args = SimpleNamespace(sharpness="own", sharpness_rows=3, data=None, device="cpu",
-                                       teacher=None)
-                got = evaluate.forget_objective(model, tok, "run", {"args": vars(ran)}, args)()
-                ref = unlearn.reference_logps(little_llama(torch.float32, 1), samples, ran, 0)
-                micro = unlearn.micro_batches(samples, [0, 1, 2], 2, 0, "cpu", ref)
-                want = unlearn.forget_backward(model, micro, None, ran)
-                self.assertAlmostEqual(got.item(), want.item(), delta=1e-5 * abs(want.item()))
-            args.sharpness = "nll"
-            seen = []
-            with mock.patch.object(evaluate, "encode_rows", lambda tok, rows, *more: (
-                    seen.append({r["where"] for r in rows}), samples)[1]):
-                for first in (0, 1):
-                    for args.sharpness_rows in (2, 64):
-                        evaluate.forget_objective(model, tok, "run", {"args": {"data": folder}}, args, first)
-            self.assertTrue(seen[0] and seen[2] and not seen[0] & seen[2])     # two batches, no common row
-            self.assertTrue(seen[1] and seen[3] and not seen[1] & seen[3])
-            args.sharpness_rows = 3
-            got = evaluate.forget_objective(model, tok, "run", {"args": {"data": folder}}, args)()
-            nll = [-evaluate.token_logps(model, evaluate.collate([s], 0))[0].sum().item() for s in samples]
-            self.assertAlmostEqual(got.item(), sum(nll) / sum(len(s[0]) - 1 for s in samples), places=5)
-            args.sharpness = "own"
-            with self.assertRaisesRegex(evaluate.InputError, "nll"):
-                evaluate.forget_objective(model, tok, "run", {"args": {"data": folder, "loss": "rmu"}}, args)
+FACTS = [{"text": text, "where": "here", "fact": i} for i, text in enumerate(TEXTS)]
 
 
-class TestPictures(unittest.TestCase):
-    def test_landscape_moves_along_filter_normalised_directions_and_comes_back(self):
+def attack_args(**more):
+    """The flags of relearn.py that class Attack and the edits read, for a small attack."""
+    args = {"max_len": 0, "samples": [4], "seed": 0, "draws": 1, "lr": [1e-2], "epochs": [1],
+            "batch_size": 2, "lora": 0, "optimizer": "adamw", "geometry": None, "curve_every": 0,
+            "ut_drop": 0.05, "quantize": [], "prune": [], "group": 64}
+    return SimpleNamespace(**args | more)
+
+
+def plain_loop(model, samples, optimizer, seed):
+    """finetune(), one sample a pass: two epochs of batches of two, mean NLL a token, rate going to 0."""
+    rng = random.Random(seed)
+    steps = 2 * math.ceil(len(samples) / 2)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    for _ in range(2):
+        order = rng.sample(range(len(samples)), len(samples))
+        for start in range(0, len(order), 2):
+            nll = []
+            for i in order[start:start + 2]:
+                ids = torch.tensor(samples[i][0])
+                nll.append(F.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="none"))
+            optimizer.zero_grad()
+            torch.cat(nll).mean().backward()
+            optimizer.step()
+            decay.step()
+
+
+class Relearn(unittest.TestCase):
+    def attacked(self, **more):
+        """The "metrics" of an attack on a little model, whose weights come back whatever happens."""
         model = little_llama(torch.float32)
-        params = list(model.parameters())
-        batch = evaluate.collate([([1, 5, 6, 7], [1, 5, 6, 7])], 0)
-        loss = lambda: -evaluate.token_logps(model, batch)[0].sum()
-        before, centre = flat(params).clone(), loss().item()
-        directions = evaluate.filter_directions(params, 3)
-        for d in directions:
-            for p, x in zip(params, d):
-                if p.dim() == 1:
-                    self.assertFalse(x.any())
-                for row, filter in zip(x, p) if p.dim() > 1 else ():
-                    self.assertAlmostEqual(row.norm().item(), filter.norm().item(), places=5)
-        self.assertFalse(torch.equal(flat(directions[0]), flat(directions[1])))
-        grid = evaluate.landscape(model, loss, 3, seed=3, reach=0.1)
-        self.assertTrue(torch.equal(before, flat(params)))
-        self.assertAlmostEqual(grid[1, 1], centre, places=6)
-        with torch.no_grad():
-            for p, x, y in zip(params, *directions):
-                p.add_(-0.1 * x + 0.1 * y)                                  # a = -0.1, b = 0.1
-        self.assertAlmostEqual(grid[0, 2], loss().item(), places=4)
+        before = flat(model.parameters())
+        questions = {"mcq_forget": evaluate.ask(QUESTIONS, "{question}")}
+        try:
+            return relearn.Attack(model, words(), FACTS, questions, attack_args(**more)).run()
+        finally:
+            self.assertTrue(torch.equal(flat(model.parameters()), before))
 
-    def test_relearn_curves_average_runs_or_the_seeds_of_one(self):
-        with tempfile.TemporaryDirectory() as folder:
-            for run, ends in (("a", (0.2, 0.4)), ("b", (0.5, 0.7))):
-                (Path(folder) / run).mkdir()
-                curves = [[{"step": 0, "UE": 0.8}, {"step": 3, "UE": end}] for end in ends]
-                budget = {"samples": 10, "epochs": 1, "curves": curves}
-                evaluate.write_json(f"{folder}/{run}/relearn.json", {
-                    "args": {"batch_size": 4}, "metrics": {"budgets": [budget, {"samples": 99}]}})
-            seen, mean, error = evaluate.relearn_curve([f"{folder}/a"])
-            self.assertEqual(seen, [0, 10])                                 # the third batch is half full
-            np.testing.assert_allclose(mean + error, [0.8, 0.3, 0, 0.1])
-            _, mean, error = evaluate.relearn_curve([f"{folder}/a", f"{folder}/b"])
-            np.testing.assert_allclose(mean + error, [0.8, 0.45, 0, 0.15])
-
-    @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not installed")
-    def test_every_picture_is_written_and_shows_something(self):
-        from matplotlib.image import imread
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "forget.jsonl").write_text('{"text": "a dog ran"}\n')
-            methods, runs = {}, {}
-            for i, name in enumerate(("npo", "npo+sam")):
-                run = f"{folder}/{name}"
-                little_llama(torch.float32, i).save_pretrained(run)
-                words().save_pretrained(run)
-                evaluate.write_json(f"{run}/result.json", {"args": {"data": folder}})
-                curve = [{"step": 0, "UE": 0.7}, {"step": 5, "UE": 0.3 + 0.3 * i}]
-                evaluate.write_json(f"{run}/relearn.json", {"args": {"batch_size": 4}, "metrics": {
-                    "budgets": [{"samples": 20, "epochs": 1, "curves": [curve, curve]}]}})
-                mean = {"UE": 0.7, "UT": 0.9 + 0.05 * i, "UE 20": 0.3 + 0.3 * i}
-                error = {"UE": 0.01, "UT": None, "UE 20": 0.1}
-                methods[name] = {"rows": {0: mean}, "mean": mean, "se": error}
-                runs[name] = [run]
-            args = SimpleNamespace(device="cpu", data=None, sharpness="nll", sharpness_rows=4, plot_points=3)
-            with contextlib.redirect_stdout(io.StringIO()) as out:
-                evaluate.pictures(f"{folder}/new/pictures", methods, runs, args)
-            for name in ("ue_bars", "relearn_curves", "landscape", "ue_ut"):
-                image = imread(f"{folder}/new/pictures/{name}.png")[..., :3]
-                self.assertGreater(min(image.shape[:2]), 300, name)
-                self.assertGreater((image != 1).any(-1).mean(), 0.02, name)           # not an empty page
-                self.assertIn(f"{name}.png", out.getvalue())
-            self.assertEqual(len(list(Path(f"{folder}/new/pictures").iterdir())), 4)
-
-    def test_without_matplotlib_the_error_says_what_to_install(self):
-        with mock.patch.dict(sys.modules, {"matplotlib": None}):
-            with self.assertRaisesRegex(evaluate.InputError, "pip install matplotlib"):
-                evaluate.pictures("nowhere", {}, {}, None)
-        self.assertFalse(Path("nowhere").exists())
-
-
-# ---- relearn.py -------------------------------------------------------------------------------------------
-
-def relearn_args(**more):
-    return SimpleNamespace(**{
-        "max_len": 0, "samples": [4], "seed": 0, "draws": 1, "lr": [1e-2], "epochs": [1], "batch_size": 2,
-        "lora": 0, "optimizer": "adamw", "geometry": False, "curve_every": 0, "ut_drop": 0.05, "quantize": [],
-        "prune": [], "group": 64, **more})
-
-
-class TestRelearn(unittest.TestCase):
     def test_samples_are_nested_distinct_in_fact_and_follow_the_seed(self):
-        rows = [{"text": str(i), "fact": i // 12} for i in range(128 * 12)]
-        lists = {n: relearn.draw_samples(rows, n, "5 0") for n in (20, 40, 60, 128, 256)}
-        for n, picks in lists.items():
-            self.assertEqual(len({rows[i]["fact"] for i in picks}), min(n, 128))
-            self.assertEqual(picks, lists[256][:n])
-        self.assertEqual(set(Counter(rows[i]["fact"] for i in lists[256]).values()), {2})   # each fact twice
-        self.assertEqual(len(set(lists[256])), 256)                                       # in different rows
-        self.assertNotEqual(lists[60], relearn.draw_samples(rows, 60, "5 1"))
-        self.assertRaisesRegex(evaluate.InputError, "are 1536", relearn.draw_samples, rows, 1537, "0")
-        self.assertEqual(len(set(relearn.draw_samples([{"text": "a"}] * 9, 9, "0"))), 9)   # no facts: rows
+        rows = [{"fact": i // 12} for i in range(128 * 12)]
+        longest = finetune.draw_samples(rows, 256, "5 0")
+        facts = [rows[i]["fact"] for i in longest]
+        self.assertEqual(len(set(longest)), 256)
+        self.assertEqual(set(Counter(facts).values()), {2})                    # each fact twice
+        for count in (20, 60, 128):
+            self.assertEqual(finetune.draw_samples(rows, count, "5 0"), longest[:count])
+            self.assertEqual(len(set(facts[:count])), count)
+        self.assertNotEqual(finetune.draw_samples(rows, 256, "5 1"), longest)
+        self.assertRaisesRegex(formats.InputError, "are 1536", finetune.draw_samples, rows, 1537, "0")
+        self.assertEqual(sorted(finetune.draw_samples([{}] * 9, 9, "0")), list(range(9)))    # no facts
 
     def test_relearning_equals_a_plain_loop(self):
-        for kind in ("adamw", "sgd"):
-            self.relearn_as_a_plain_loop(kind)
+        samples = text_samples()
+        for name, kind, more in (("adamw", torch.optim.AdamW, {"weight_decay": 0}),
+                                 ("sgd", torch.optim.SGD, {"momentum": 0.9})):
+            model = little_llama()
+            other = little_llama()
+            finetune.finetune(model, samples, 0, 1e-2, 2, 2, "x", optimizer=name)
+            plain_loop(other, samples, kind(other.parameters(), lr=1e-2, **more), "x")
+            got = flat(model.parameters())
+            torch.testing.assert_close(got, flat(other.parameters()), rtol=1e-6, atol=1e-8)
+            self.assertGreater((got - flat(little_llama().parameters())).norm(), 1e-3)
 
-    def relearn_as_a_plain_loop(self, kind):
-        model, other, tok = little_llama(), little_llama(), words()
-        samples = evaluate.encode_rows(tok, [{"text": t, "where": ""} for t in TEXTS], 64)
-        relearn.relearn(model, samples, 0, 1e-2, 2, 2, "x", kind=kind)
-        opt, rng = torch.optim.AdamW(other.parameters(), lr=1e-2, weight_decay=0), random.Random("x")
-        if kind == "sgd":
-            opt = torch.optim.SGD(other.parameters(), lr=1e-2, momentum=0.9)
-        decay = torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.0, total_iters=6)
-        for _ in range(2):
-            order = rng.sample(range(5), 5)
-            for part in (order[:2], order[2:4], order[4:]):
-                nll = torch.cat([F.cross_entropy(other(torch.tensor([samples[j][0]])).logits[0, :-1],
-                                                 torch.tensor(samples[j][0][1:]), reduction="none")
-                                 for j in part])
-                opt.zero_grad()
-                nll.mean().backward()
-                opt.step(), decay.step()
-        torch.testing.assert_close(flat(model.parameters()), flat(other.parameters()), rtol=1e-6, atol=1e-8)
-        start = flat(little_llama().parameters())
-        self.assertGreater((flat(model.parameters()) - start).norm(), 1e-3)
+    def test_every_budget_starts_from_the_same_weights(self):
+        budgets = self.attacked(samples=[4, 2], epochs=[2, 1], lr=[0.1], draws=2)["budgets"]
+        plan = [(b["samples"], b["epochs"]) for b in budgets]
+        self.assertEqual(plan, [(2, 1), (2, 2), (4, 1), (4, 2)])
+        alone = self.attacked(samples=[4], epochs=[2], lr=[0.1], draws=2)["budgets"]
+        self.assertEqual(alone, budgets[3:])
 
-    def test_attack_restores_the_weights_and_every_budget_starts_from_them(self):
-        model, tok = little_llama(torch.float32), words()
-        rows = [{"text": t, "where": "", "fact": i} for i, t in enumerate(TEXTS)]
-        questions = {"mcq_forget": [dict(r, fact=i) for i, r in enumerate(TestEvaluate.rows)],
-                     "prompt": "{question}"}
-        before = flat(model.parameters()).clone()
-        args = relearn_args(samples=[4, 2], draws=2, lr=[1e-2], batch_size=2)
-        metrics = relearn.attack(model, tok, rows, questions, args)
-        self.assertTrue(torch.equal(before, flat(model.parameters())))
-        self.assertEqual([b["samples"] for b in metrics["budgets"]], [2, 4])
-        args.samples = [4]
-        alone = relearn.attack(model, tok, rows, questions, args)["budgets"][0]
-        self.assertEqual(alone, metrics["budgets"][1])
-        self.assertAlmostEqual(alone["UE"], np.mean([d["UE"] for d in alone["draws"]]))
-        self.assertIsNone(alone["UT"])
+    def test_scores_are_means_over_the_draws_that_have_them(self):
+        budget = self.attacked(lr=[0.1], draws=3, seed=11)["budgets"][0]
+        for name, count in (("UE", 3), ("UE_heldout", 2)):   # one leaves out what no question is about
+            values = [d[name] for d in budget["draws"] if d[name] is not None]
+            self.assertEqual(len(values), count)
+            self.assertAlmostEqual(budget[name], np.mean(values))
+            self.assertAlmostEqual(budget["se"][name], np.std(values, ddof=1) / math.sqrt(count))
+        self.assertGreater(budget["se"]["UE"], 0)
+        self.assertIsNone(budget["UT"])                  # there are no questions for it
 
-    def test_geometry_measures_the_displacement_against_directions_and_leaves_the_weights_there(self):
-        net, other, attacker = Network(), Network(3), Network(7)
-        on = lambda net: (lambda: net.loss(params))
-        params = net.params
-        got = relearn.aims(on(net), on(other), on(attacker), params, 0.2)
-        g, n = net.gradient(), attacker.gradient(params)
-        before = other.gradient([(p + 0.2 * d.sign()).detach().requires_grad_() for p, d in zip(params, g)])
-        for name, want in (("gradient", g), ("momentum", before), ("lookahead", [-d for d in n])):
-            torch.testing.assert_close(flat(got[name]), flat(want), rtol=1e-10, atol=1e-12)
-        start = [(p, p.detach().clone()) for p in params]
-        with torch.no_grad():
-            for p, d in zip(params, n):
-                p.sub_(0.5 * d)                                           # an attack of one step of SGD
-        end = flat(params).clone()
-        moved = relearn.geometry(start, got, {"nll": on(attacker)}, points=3)
-        self.assertTrue(torch.equal(flat(params), end))
-        self.assertAlmostEqual(moved["l2"], 0.5 * flat(n).norm().item(), places=5)
-        self.assertAlmostEqual(moved["mean"], 0.5 * flat(n).abs().mean().item(), places=5)
-        self.assertAlmostEqual(moved["max"], 0.5 * flat(n).abs().max().item(), places=5)
-        sign = flat(before).sign()
-        self.assertAlmostEqual(moved["cosine"]["sign of momentum"],
-                               -(flat(n) @ sign / flat(n).norm() / sign.norm()).item(), places=5)
-        self.assertAlmostEqual(moved["cosine"]["lookahead"], 1, places=5)
-        cosine = -(flat(g) @ flat(n) / flat(g).norm() / flat(n).norm()).item()
-        self.assertAlmostEqual(moved["cosine"]["gradient"], cosine, places=5)
-        for point in moved["path"]:
-            at = [w - point["part"] * 0.5 * d for (_, w), d in zip(start, n)]
-            self.assertAlmostEqual(point["nll"], attacker.loss(at).item(), places=9)
-        self.assertEqual([point["part"] for point in moved["path"]], [0, 0.5, 1])
-
-    def test_a_diverging_attack_is_an_error_and_restores(self):
-        model, tok = little_llama(torch.float32), words()
-        before = flat(model.parameters()).clone()
-        args = relearn_args(samples=[4], lr=[1e30], epochs=[3], batch_size=1)
-        with self.assertRaisesRegex(evaluate.InputError, "lower it"):
-            relearn.attack(model, tok, [{"text": t, "where": ""} for t in TEXTS], {"prompt": None}, args)
-        self.assertTrue(torch.equal(before, flat(model.parameters())))
-
-
-class TestAttackVariants(unittest.TestCase):
-    rows = [{"text": t, "where": "", "fact": i} for i, t in enumerate(TEXTS)]
-    questions = {name: [dict(r, fact=i) for i, r in enumerate(TestEvaluate.rows)]
-                 for name in ("mcq_forget", "mcq_retain")} | {"prompt": "{question}"}
+    def test_a_diverging_attack_is_an_error_even_in_its_last_step(self):
+        for size in (1, 4):                              # four steps, one step
+            with self.assertRaisesRegex(formats.InputError, "lower it"):
+                self.attacked(lr=[1e30], batch_size=size)
 
     def test_curve_is_the_ue_on_the_way_and_changes_nothing_else(self):
-        model, tok = little_llama(torch.float32), words()
-        args = relearn_args(samples=[5], draws=3, epochs=[2], lr=[0.1])
-        plain = relearn.attack(model, tok, self.rows, self.questions, args)["budgets"][0]
-        args.curve_every = 2
-        curved = relearn.attack(model, tok, self.rows, self.questions, args)["budgets"][0]
-        curves = curved.pop("curves")
+        more = {"samples": [5], "draws": 2, "epochs": [2], "lr": [0.1]}
+        plain = self.attacked(**more)["budgets"][0]
+        curved = self.attacked(curve_every=2, **more)["budgets"][0]
+        curve = curved.pop("curves")[1]
         self.assertEqual(plain, curved)
-        self.assertEqual([[p["step"] for p in c] for c in curves], [[0, 2, 4, 6]] * 3)
-        self.assertEqual([c[-1]["UE"] for c in curves], [d["UE"] for d in curved["draws"]])
-        encoded = evaluate.encode_rows(tok, self.rows, 64)
-        for draw, curve in enumerate(curves):                        # the same steps again, seen from outside
-            copy, seen = little_llama(torch.float32), []
-            watch = lambda step, steps: seen.append(evaluate.ue_ut(copy, tok, self.questions)["UE"])
-            picks = relearn.draw_samples(self.rows, 5, f"0 {draw}")
-            relearn.relearn(copy, [encoded[i] for i in picks], 0, 0.1, 2, 2, f"0 {draw} order", watch)
-            self.assertEqual([p["UE"] for p in curve[1:]], seen[1::2])
-        self.assertGreater(len({p["UE"] for c in curves for p in c}), 1)
-        v = [d["UE"] for d in curved["draws"]]
-        self.assertAlmostEqual(curved["se"]["UE"], np.std(v, ddof=1) / math.sqrt(3))
+        model = little_llama(torch.float32)              # the same steps again, seen from outside
+        questions = {"mcq_forget": evaluate.ask(QUESTIONS, "{question}")}
+        seen = []
 
-    def test_adapters_train_as_explicit_low_rank_matrices_and_leave_no_trace(self):
-        model, tok = little_llama(), words()
-        samples = evaluate.encode_rows(tok, self.rows[:4], 64)
-        before = {k: v.clone() for k, v in model.state_dict().items()}
-        weights = {n: p.detach() for n, p in model.named_parameters()}
-        with relearn.lora(model, 2, "x"):
-            ab = {}
-            for name, m in model.named_modules():
-                if hasattr(m, "lora_a"):
-                    ab[f"{name}.weight"] = [m.lora_a.detach().clone().requires_grad_(),
-                                            m.lora_b.detach().clone().requires_grad_()]
-            start = model(torch.tensor([samples[0][0]])).logits.detach()
-            relearn.relearn(model, samples, 0, 1e-2, 2, 2, "order")
-            got = model(torch.tensor([samples[0][0]])).logits.detach()
-        self.assertEqual(len(ab), 3 * 7)                              # every linear layer but lm_head
-        torch.testing.assert_close(start, model(torch.tensor([samples[0][0]])).logits, rtol=0, atol=0)
-
-        def logits(ids):                                              # W + 2 B A written out
-            full = weights | {n: weights[n] + 2 * b @ a for n, (a, b) in ab.items()}
-            return torch.func.functional_call(model, full, (torch.tensor([ids]),)).logits[0]
-        opt = torch.optim.AdamW([x for pair in ab.values() for x in pair], lr=1e-2, weight_decay=0)
-        decay, rng = torch.optim.lr_scheduler.LinearLR(opt, 1.0, 0.0, total_iters=4), random.Random("order")
-        for _ in range(2):
-            order = rng.sample(range(4), 4)
-            for part in (order[:2], order[2:]):
-                nll = torch.cat([F.cross_entropy(logits(samples[j][0])[:-1], torch.tensor(samples[j][0][1:]),
-                                                 reduction="none") for j in part])
-                opt.zero_grad()
-                nll.mean().backward()
-                opt.step(), decay.step()
-        torch.testing.assert_close(got[0], logits(samples[0][0]).detach(), rtol=1e-4, atol=1e-4)
-        self.assertGreater((got - start).abs().max(), 0.1)
-        after = model.state_dict()
-        self.assertEqual(list(before), list(after))
-        self.assertTrue(all(torch.equal(before[k], after[k]) for k in before))
-        self.assertTrue(all(p.requires_grad for p in model.parameters()))
-        self.assertFalse(any(m._forward_hooks for m in model.modules()))
-        with self.assertRaises(KeyboardInterrupt), relearn.lora(model, 2, "x"):
-            raise KeyboardInterrupt
-        self.assertEqual(list(before), list(model.state_dict()))
-
-    def test_rounding_matches_a_loop_over_groups(self):
-        for bits, group, dtype in ((8, 64, torch.float32), (4, 5, torch.float32), (4, 64, torch.bfloat16)):
-            w = torch.randn(3, 12, generator=torch.Generator().manual_seed(0)).to(dtype)
-            w[1, 5:10] = 0
-            got, q = w.clone(), 2 ** (bits - 1) - 1
-            relearn.quantize_(got, bits, group)
-            for r in range(3):
-                for start in range(0, 12, group):
-                    part = w[r, start:start + group].tolist()
-                    scale = max(map(abs, part)) / q
-                    want = [round(x / scale) * scale if scale else 0.0 for x in part]
-                    torch.testing.assert_close(got[r, start:start + group], torch.tensor(want, dtype=dtype))
-                    self.assertLessEqual(len(set(got[r, start:start + group].tolist())), 2 * q + 1)
-            error = (got - w).abs().max().item()
-            self.assertTrue(0 < error <= w.abs().max().item() / q / 2 * 1.02, (bits, error))
-
-    def test_pruning_zeroes_exactly_the_smallest_weights(self):
-        w = torch.randn(7, 9, generator=torch.Generator().manual_seed(0))
-        for percent in (0, 10, 33.3, 50, 100):
-            got = w.clone()
-            relearn.prune_(got, percent)
-            order = sorted(range(63), key=lambda i: abs(w.view(-1)[i].item()))
-            want = w.clone()
-            for i in order[:math.floor(percent / 100 * 63)]:
-                want.view(-1)[i] = 0
-            self.assertTrue(torch.equal(got, want))
-        ties = torch.ones(10)[None]
-        relearn.prune_(ties, 30)
-        self.assertEqual((ties == 0).sum(), 3)
-
-    def test_compression_scores_each_setting_alone_and_restores(self):
-        model, tok = little_llama(torch.float32), words()
-        before = flat(model.parameters()).clone()
-        metrics = relearn.compress(model, tok, self.questions, relearn_args(quantize=[8, 2], prune=[90]))
-        self.assertTrue(torch.equal(before, flat(model.parameters())))
-        self.assertEqual([evaluate.budget_name(b) for b in metrics["budgets"]], ["8bit", "2bit", "prune90"])
-        copy = little_llama(torch.float32)
-        for name, m in copy.named_modules():
-            if isinstance(m, torch.nn.Linear) and name != "lm_head":
-                relearn.prune_(m.weight, 90)
-        want = evaluate.ue_ut(copy, tok, self.questions)
-        self.assertEqual({k: metrics["budgets"][2][k] for k in ("UE", "UT")}, want)
+        def watch(step, steps):
+            seen.append(evaluate.ue_ut(model, words(), questions)["UE"])
+        watch(0, 6)
+        samples = text_samples([TEXTS[i] for i in finetune.draw_samples(FACTS, 5, "0 1")])
+        finetune.finetune(model, samples, 0, 0.1, 2, 2, "0 1 order", watch)
+        self.assertEqual(curve, [{"step": step, "UE": seen[step]} for step in (0, 2, 4, 6)])
+        self.assertGreater(len(set(seen)), 1)
 
     def test_worst_case_is_the_lowest_ue_whose_ut_holds(self):
-        budget = lambda lr, ue, ut, n=20: {"samples": n, "epochs": 1, "lr": lr, "UE": ue, "UT": ut}
-        metrics = {"start": {"UE": 0.75, "UT": 0.9}, "budgets": [
-            budget(1, 0.6, 0.9), budget(2, 0.4, 0.86), budget(3, 0.2, 0.84), budget(1, 0.1, 0.1, 40)]}
-        self.assertEqual([(b["samples"], b["lr"], b["UE"]) for b in relearn.worst_case(metrics, 0.05)],
-                         [(20, 2, 0.4)])
-        self.assertEqual([b["lr"] for b in relearn.worst_case(metrics, 1)], [3, 1])
-
-    def test_columns_name_every_attack(self):
-        with tempfile.TemporaryDirectory() as folder:
-            for attack, budgets in (("", [{"samples": 20, "epochs": 3, "lr": 1}]), ("lora8", [
-                    {"samples": 20, "epochs": 1, "lr": 1}, {"samples": 20, "epochs": 1, "lr": 2}]),
-                    ("compress", [{"samples": 0, "epochs": 0, "quantize": 4}])):
-                budgets = [b | {"UE": 0.5, "UE_heldout": None, "UT": 0.9} for b in budgets]
-                evaluate.write_json(f"{folder}/relearn{'_' * bool(attack)}{attack}.json",
-                                    {"args": {"attack": attack}, "metrics": {"budgets": budgets}})
-            row = evaluate.columns(folder, {"UE": 0.7, "UT": 1.0, "attack": {
-                "gcg": {"UE": 0.6, "UE_heldout": 0.61, "UE_teacher": 0.1}}})
-        self.assertEqual([k for k in row if k.startswith("UE ")],
-                         ["UE 20x3", "UE compress 4bit", "UE lora8 20", "UE lora8 20@2", "UE prefix gcg"])
-        self.assertEqual(row["teacher's UE prefix gcg"], 0.1)
+        budgets = []
+        for count, lr, ue, ut in ((40, 1, 0.1, 0.1), (20, 1, 0.6, 0.9), (20, 2, 0.4, 0.86),
+                                  (20, 3, 0.2, 0.84)):
+            budgets.append({"samples": count, "epochs": 1, "lr": lr, "UE": ue, "UT": ut})
+        metrics = {"start": {"UE": 0.75, "UT": 0.9}, "budgets": budgets}
+        self.assertEqual(relearn.worst_case(metrics, 0.05), [budgets[2]])
+        self.assertEqual(relearn.worst_case(metrics, 1), [budgets[3], budgets[0]])
 
 
-# ---- real models at real size -----------------------------------------------------------------------------
+class Edits(Folder):
+    def test_rounding_matches_a_loop_over_groups(self):
+        for bits, size, dtype in ((8, 64, torch.float32), (4, 5, torch.float32), (4, 5, torch.bfloat16)):
+            model = little_llama(dtype)
+            model.model.layers[0].mlp.up_proj.weight.data[1, 5:10] = 0
+            wanted = {name: w.float().numpy().copy() for name, w in model.state_dict().items()}
+            relearn.quantize(model, bits, attack_args(group=size))
+            levels = 2 ** (bits - 1) - 1
+            for name, want in wanted.items():
+                if "proj" in name:                       # all others stay
+                    for row, start in itertools.product(want, range(0, want.shape[1], size)):
+                        part = row[start:start + size]
+                        scale = abs(part).max() / levels or 1
+                        part[:] = np.round(part / scale) * scale
+                torch.testing.assert_close(model.state_dict()[name], torch.tensor(want, dtype=dtype))
 
-def write_world(folder, model, tokenizer=None):
-    """A data folder with a model in it: rows and questions over words(). Returns the flags to run on it."""
-    folder = Path(folder)
-    model.save_pretrained(folder / "model")                       # makes the folder, too
-    (tokenizer or words()).save_pretrained(folder / "model")
-    rows = [{"prompt": t, "completion": f" the cat {t}", "fact": i} for i, t in enumerate(TEXTS)]
-    questions = [{k: r[k] for k in ("question", "choices", "answer", "subject")} for r in TestEvaluate.rows]
-    for part in ("forget", "retain"):
-        (folder / f"{part}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-        (folder / f"mcq_{part}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in questions))
-    (folder / "meta.json").write_text(json.dumps({"prompt": TestEvaluate.prompt}))
-    return ["--model", folder / "model", "--data", folder, "--steps", 5, "--batch_size", 3, "--warmup", 0,
-            "--no-relearn"]
+    def test_pruning_zeroes_exactly_the_smallest_weights(self):
+        for percent in (0, 10, 33.3, 50, 100):
+            model = little_llama(torch.float32)
+            ties = model.model.layers[0].mlp.up_proj.weight.data.fill_(1)
+            relearn.prune(model, percent, attack_args())
+            self.assertEqual((ties == 0).sum(), math.floor(percent / 100 * 384))
+            for name, want in little_llama(torch.float32).state_dict().items():
+                if "proj" in name:                       # all others stay
+                    smallest = want.abs().flatten().argsort()
+                    want.view(-1)[smallest[:math.floor(percent / 100 * want.numel())]] = 0
+                if name != "model.layers.0.mlp.up_proj.weight":
+                    self.assertTrue(torch.equal(model.state_dict()[name], want), name)
+
+    def test_edits_are_scored_each_alone_and_undone(self):
+        def norm(model, *_):
+            return {"UE": flat(model.parameters()).norm().item(), "UT": None}
+        args = attack_args(quantize=[8, 2], prune=[90])
+        model = little_llama(torch.float32)
+        with mock.patch.object(evaluate, "ue_ut", norm):
+            budgets = relearn.try_edits(model, None, None, args)["budgets"]
+        self.assertEqual(norm(model), norm(little_llama(torch.float32)))
+        self.assertEqual(list(map(tables.budget_name, budgets)), ["8bit", "2bit", "prune90"])
+        for budget, (name, amount) in zip(budgets, relearn.edits(args)):
+            model = little_llama(torch.float32)
+            relearn.EDITS[name](model, amount, args)
+            self.assertEqual(budget["UE"], norm(model)["UE"])
+
+    def test_edits_take_no_notice_of_several_learning_rates(self):
+        write_world(self.tmp, little_llama(torch.float32))
+        flags = ("--data", self.tmp, "--prune", 50, "--lr", 1, 2)
+        out = self.run_script("relearn.py", self.tmp / "model", *flags)
+        self.assertIn("prune50", out)
 
 
-class TestScale(unittest.TestCase):
-    def setUp(self):
-        self.tmp = Path(tempfile.mkdtemp())
-        self.addCleanup(shutil.rmtree, self.tmp)
+class Adapters(unittest.TestCase):
+    def test_adapters_train_as_explicit_low_rank_matrices_and_leave_no_trace(self):
+        samples = text_samples(TEXTS[:4])
+        x = torch.tensor([samples[0][0]])
+        start = little_llama()(x).logits.detach()
+        before = little_llama().state_dict()
+        model = little_llama()
+        pairs = {}
+        with adapters.lora(model, 2, "x"):
+            for name, layer in model.named_modules():
+                if hasattr(layer, "lora_a"):
+                    pairs[f"{name}.weight"] = (layer.lora_a.detach().clone().requires_grad_(),
+                                               layer.lora_b.detach().clone().requires_grad_())
+            self.assertTrue(torch.equal(model(x).logits, start))
+            finetune.finetune(model, samples, 0, 1e-2, 2, 2, "order")
+            got = model(x).logits.detach()
+        self.assertEqual(len(pairs), 3 * 7)              # every linear layer but lm_head
+        with self.assertRaises(KeyboardInterrupt), adapters.lora(model, 2, "x"):
+            raise KeyboardInterrupt
+        self.assertTrue(torch.equal(model(x).logits, start))
+        self.assertEqual(list(before), list(model.state_dict()))
+        self.assertTrue(same(list(before.values()), list(model.state_dict().values())))
+        self.assertTrue(all(p.requires_grad for p in model.parameters()))
 
-    def unlearn(self, *flags, said=None):
-        """Run unlearn.py inside this process; said: part of the error that it must end with."""
-        status, out, err = run_here("unlearn.py", *flags)
-        self.assertEqual(status, 2 if said else 0, err)
-        self.assertIn(said or "", err)
-        return out, err
+        def written_out(ids):                            # W + 2 B A
+            weights = {name: before[name] + 2 * b @ a for name, (a, b) in pairs.items()}
+            return torch.func.functional_call(model, before | weights, (ids,))
+        optimizer = torch.optim.AdamW(itertools.chain(*pairs.values()), lr=1e-2, weight_decay=0)
+        plain_loop(written_out, samples, optimizer, "order")
+        torch.testing.assert_close(got, written_out(x).logits.detach(), rtol=1e-4, atol=1e-4)
+        self.assertGreater((got - start).abs().max(), 0.1)
 
-    def weights(self, name):
-        return evaluate.load_model(self.tmp / name)[0].state_dict()
 
-    def result(self, name, file="result"):
-        return json.loads((self.tmp / name / f"{file}.json").read_text())
+class Geometry(unittest.TestCase):
+    def test_aims_and_displacement_are_what_they_say_and_the_weights_stay(self):
+        geometry = sam.kernel_file("geometry")
+        still = Network()                                # stays at the start
+        params = Network().params
+        other = Network(3)
+        attacker = Network(7)
 
-    def test_chunks_give_the_loss_and_the_gradient_of_all_logits_at_once(self):
-        model, frozen, tok = little_llama(), little_llama(seed=1), words()
-        samples = evaluate.encode(tok, [("", TEXTS[3], ""), ("Question: who sat? Answer:", " the cat", ""),
-                                        ("", TEXTS[1], "")], 64)
-        batch = evaluate.collate(samples, 0)
-        weights = torch.arange(1, 10)
-        for name, f in (("logps", lambda: (evaluate.token_logps(model, batch)[0] * weights).sum()),
-                        ("kl", lambda: unlearn.kl_sum(model, frozen, batch))):
-            results = []
-            for chunk in (2**24, 4 * len(tok), 1):              # all at once; four rows at a time; row by row
-                model.zero_grad()
-                with mock.patch.object(evaluate, "CHUNK", chunk):
-                    loss = f()
-                loss.backward()
-                results.append(torch.cat([loss[None], flat(p.grad for p in model.parameters())]))
-            for got in results[1:]:
-                torch.testing.assert_close(got, results[0], rtol=1e-9, atol=1e-11, msg=name)
-            self.assertGreater(results[0].norm(), 1)
+        def on(some):
+            return lambda: some.loss(params)
+        aims = geometry.aims(on(still), on(other), on(attacker), params, 0.2)
+        self.assertTrue(same(params, still.params))
+        gradient = still.gradient()
+        momentum = other.gradient(still.at([0.2 * g.sign() for g in gradient]))
+        down = [-g for g in attacker.gradient(params)]
+        for name, want in (("gradient", gradient), ("momentum", momentum), ("lookahead", down)):
+            torch.testing.assert_close(flat(aims[name]), flat(want), rtol=1e-10, atol=1e-12)
+        with torch.no_grad():
+            torch._foreach_add_(params, down, alpha=0.5)                      # an attack of one SGD step
+        end = flat(params)
+        start = list(zip(params, still.params))
+        found = geometry.displacement(start, aims, {"nll": on(attacker)}, points=3)
+        self.assertTrue(torch.equal(flat(params), end))
+        move = 0.5 * flat(down)
+        cosine = functools.partial(F.cosine_similarity, move, dim=0)
+        for got, want in ((found["l2"], move.norm()), (found["mean"], move.abs().mean()),
+                          (found["max"], move.abs().max()), (found["cosine"]["lookahead"], 1),
+                          (found["cosine"]["gradient"], cosine(flat(gradient))),
+                          (found["cosine"]["sign of momentum"], cosine(flat(momentum).sign()))):
+            self.assertAlmostEqual(got, float(want), places=5)
+        for point, part in zip(found["path"], (0, 0.5, 1), strict=True):
+            self.assertEqual(point["part"], part)
+            there = still.at([0.5 * part * d for d in down])
+            self.assertAlmostEqual(point["nll"], attacker.loss(there).item(), places=9)
 
-    def test_no_more_than_one_chunk_of_logits_exists_at_a_time(self):
-        model, seen = little_llama(), []
-        batch = evaluate.collate([([1] * 21, [-100] + [1] * 20)] * 2, 0)                 # 40 labels
-        linear = F.linear
-        with mock.patch.object(F, "linear", lambda x, w, b=None: (
-                seen.append(len(x)) if w is model.lm_head.weight else 0, linear(x, w, b))[1]):
-            with mock.patch.object(evaluate, "CHUNK", 16 * len(words())):
-                evaluate.token_logps(model, batch)[0].sum().backward()
-        self.assertEqual(seen, [16, 16, 8, 8, 16, 16])                       # forward, and again for backward
 
-    @unittest.skipUnless(Path("/proc/self/clear_refs").exists(), "needs Linux to measure a peak of memory")
-    def test_peak_memory_does_not_grow_with_tokens_times_a_vocabulary_of_49k(self):
-        code = textwrap.dedent("""
-            import torch, evaluate
-            from transformers import LlamaConfig, LlamaForCausalLM
-            model = LlamaForCausalLM(LlamaConfig(vocab_size=49152, hidden_size=16, num_hidden_layers=1,
-                                                 intermediate_size=16, num_attention_heads=1))
-            def status(key):
-                return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
-            for evaluate.CHUNK in (evaluate.CHUNK, 2**60):
-                for tokens in (100, 600, 1200):                                      # the first is to warm up
-                    ids = list(range(tokens))
-                    open("/proc/self/clear_refs", "w").write("5")                    # resets the peak
-                    before = status("VmRSS")
-                    evaluate.token_logps(model, evaluate.collate([(ids, ids)], 0))[0].sum().backward()
-                    print(status("VmHWM") - before)
-            """)
-        run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-        self.assertEqual(run.returncode, 0, run.stderr)
-        _, few, many, _, few_plain, many_plain = map(int, run.stdout.split())
-        logits = 1200 * 49152 * 4                                                        # 236 MB
-        self.assertGreater(many_plain, 2.5 * logits)                # logits, log-softmax, gradient, all whole
-        self.assertGreater(many_plain, 1.7 * few_plain)
-        self.assertLess(many, 1.1 * few + 2**24)
-        self.assertLess(many, 4.5 * 2**24 * 4)
-        print(f"[1,200 tokens, V = 49,152: {many / 1e6:.0f} MB in chunks, {many_plain / 1e6:.0f} MB at once]",
-              end=" ", file=sys.stderr)
+# ---- unlearn.py: flags and small parts ----------------------------------------------------------------
 
-    def test_soft_capped_and_scaled_logits_keep_the_models_own_head(self):
-        small = dict(vocab_size=len(words()), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                     num_key_value_heads=1, intermediate_size=24, max_position_embeddings=64, eos_token_id=2)
-        from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
-        samples = evaluate.encode(words(), [("", TEXTS[3], ""), ("Question: who", " sat?", "")], 64)
-        batch = evaluate.collate(samples, 0)
-        for model, altered in ((Gemma2ForCausalLM(Gemma2Config(**small, head_dim=8)), True),
-                               (CohereForCausalLM(CohereConfig(**small)), True), (little_llama(), False)):
-            model = model.double().eval()
-            want = evaluate.token_logps(model, batch)[0]
-            with mock.patch.object(evaluate, "CHUNK", 1), contextlib.redirect_stderr(io.StringIO()) as err:
-                for _ in range(2):
-                    torch.testing.assert_close(evaluate.token_logps(model, batch)[0], want)
-                evaluate.label_logits(model, batch)
-            self.assertEqual(err.getvalue().count("behind the output layer"), altered)       # said once
+class Flags(unittest.TestCase):
+    def parsed(self, *flags):
+        return unlearn.parse_args([*flags, "--overwrite"])
 
-    def test_gradient_checkpointing_keeps_the_gradient_and_runs_every_layer_twice(self):
-        grads, runs = [], []
-        for again in (False, True):
-            model, calls = little_llama(), []
-            for layer in model.model.layers:
-                layer.self_attn.register_forward_hook(lambda *a: calls.append(1))
-            if again:
-                unlearn.recompute_blocks(model)
-            batch = evaluate.collate([([1, 2, 3, 4, 5], [1, 2, 3, 4, 5])], 0)
-            evaluate.token_logps(model, batch)[0].sum().backward()
-            grads.append(flat(p.grad for p in model.parameters()))
-            runs.append(len(calls))
-        self.assertTrue(torch.equal(*grads))
-        self.assertEqual(runs, [3, 6])
+    def test_smoother_names_and_their_combinations(self):
+        for text, want in (("sam+wa", ("sam", True)), ("wa+rs", ("rs", True)), ("wa", ("none", True)),
+                           ("none", ("none", False))):
+            self.assertEqual(unlearn.parse_smooth(text), want)
+        for bad in ("sam+rs", "none+wa", "wa+wa", "sam+sam", "adam", ""):
+            self.assertRaises(formats.InputError, unlearn.parse_smooth, bad)
 
-    def test_models_of_every_shape_run_or_name_the_fix(self):
-        """No pad token, tied embeddings, more embeddings than tokens, learned positions and biases; a pad
-        token that the model does not have, and a sample that is too long."""
-        from transformers import GPT2Config, GPT2LMHeadModel
-        plain, none = words(), words()
-        none.pad_token = None
-        gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(plain), n_embd=16, n_layer=2, n_head=2,
-                                          n_positions=64, bos_token_id=1, eos_token_id=2))
-        for n, (model, tok) in enumerate(((little_llama(torch.float32), none), (gpt2, none),
-                                          (little_llama(torch.float32, tie_word_embeddings=True), plain),
-                                          (little_llama(torch.float32, vocab_size=len(plain) + 19), plain))):
-            flags = write_world(self.tmp / f"w{n}", model, tok)
-            self.unlearn(*flags, "--gradient_checkpointing", "--out", self.tmp / f"r{n}")
-            before, after = self.weights(f"w{n}/model"), self.weights(f"r{n}")
-            self.assertEqual(before.keys(), after.keys())
-            self.assertFalse(torch.equal(flat(before.values()), flat(after.values())))
-            saved, tied = set(safe_open(self.tmp / f"r{n}" / "model.safetensors", "pt").keys()), n in (1, 2)
-            self.assertEqual("lm_head.weight" in saved, not tied)
-        tok = words()
-        tok.add_special_tokens({"pad_token": "<more>"})
-        flags = write_world(self.tmp / "w", little_llama(torch.float32), tok)
-        self.unlearn(*flags, "--out", self.tmp / "r", said="set pad_token to null")
-        flags = write_world(self.tmp / "w", little_llama(torch.float32, context=8))
-        self.unlearn(*flags, "--out", self.tmp / "r", said="--max_len 8")
+    def test_flags_are_completed_to_what_runs(self):
+        args = self.parsed("--sam_rho", "0", "--seed", "7")
+        self.assertEqual((args.smooth, args.out, args.retain, args.micro_batch),
+                         ("none", "out/npo-s7", "nll", 32))
+        args = self.parsed("--smooth", "sam+wa", "--steps", "50")
+        self.assertEqual((args.out, args.wa_start), ("out/npo+sam+wa-momentum-linf-s0", 40))
+        self.assertEqual(self.parsed("--stop_ue", "0.7").eval_every, 5)
+
+    def test_sam_rho_alone_means_the_papers_sam_and_nothing_at_all_means_momentum_on_the_built_in_data(self):
+        for flags, want in ((["--sam_rho", "0.01"], ["gradient", "l2", 0.01]),
+                            ([], ["momentum", "linf", None]),       # rho follows from the model's width
+                            (["--data", "/mine", "--model", "m"], ["gradient", "l2", 0.1]),
+                            (["--data", "data/tiny/seed3"], ["momentum", "linf", None]),
+                            (["--sam_direction", "lookahead"], ["lookahead", "l2", 0.1]),
+                            (["--sam_norm", "linf"], ["gradient", "linf", None]),
+                            (["--smooth", "gp"], ["gradient", "l2", 0.1])):
+            args = self.parsed(*flags)
+            self.assertEqual([args.sam_direction, args.sam_norm, args.sam_rho], want)
+
+    def test_batches_cover_the_data_evenly_and_follow_the_seed(self):
+        def take(seed):
+            return list(itertools.islice(unlearn.shuffled(7, 3, random.Random(seed)), 14))
+        self.assertEqual(set(Counter(sum(take(0), [])).values()), {6})
+        self.assertEqual(take(0), take(0))
+        self.assertNotEqual(take(0), take(1))
+
+    def test_learning_rate_by_hand(self):
+        rates = [unlearn.learning_rate(s, 20, 1.0, 0.1, "none") for s in range(4)]
+        self.assertEqual(rates, [0.5, 1.0, 1.0, 1.0])
+        rates = [unlearn.learning_rate(s, 4, 1.0, 0, "linear") for s in range(4)]
+        self.assertEqual(rates, [1.0, 0.75, 0.5, 0.25])
+
+    def test_bf16_swallows_a_small_perturbation_and_says_so(self):
+        torch.manual_seed(3)
+        p = torch.nn.Parameter((torch.randn(100_000) * 0.05).bfloat16())
+        p.grad = torch.randn(100_000).bfloat16()
+        with sam.SAM([p], 0.01).perturbed() as s:
+            stats = {name: t.item() for name, t in s.stats.items()}
+        self.assertLess(stats["cosine"], 0.9)
+        self.assertIn("bfloat16", unlearn.precision_warning(stats, "bfloat16"))
+        fine = {"asked_norm": 0.01, "applied_norm": 0.01, "cosine": 0.9999}
+        self.assertIsNone(unlearn.precision_warning(fine, "float32"))
+
+
+# ---- unlearn.py and data/memory.py: what a run holds --------------------------------------------------
+
+LINUX = Path("/proc/self/clear_refs").exists()
+
+
+class Plan(Folder):
+    def planned(self, trained, count, *flags):
+        """Bytes of the plan without activations, for a model of `trained` bf16 parameters."""
+        args = unlearn.parse_args(["--param_dtype", "bfloat16", "--out", "/nowhere", *flags])
+        args.sam_rho = args.sam_rho or 1.0
+        p = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+        smoother = unlearn.SMOOTHERS[unlearn.parse_smooth(args.smooth)[0]](args, [p], None)
+        parts = memory.plan(args, trained, trained, smoother.copies, 1e9, count)
+        return sum(parts.values()) - 1e9
 
     def test_seven_billion_parameters_with_sam_in_bf16_plan_ten_bytes_each(self):
-        args = unlearn.parse_args(["--param_dtype", "bfloat16", "--sam_rho", "0.01", "--out", "/nowhere"])
-        plan = unlearn.memory_plan(args, 7.24e9, 7.24e9, activations=1e9)
-        self.assertEqual(sum(plan.values()) - 1e9, 10 * 7.24e9)
-        shared = unlearn.memory_plan(args, 7.24e9, 7.24e9, 1e9, 4)
-        self.assertEqual(sum(shared.values()) - 1e9, 10 * 7.24e9 / 4)
+        self.assertEqual(self.planned(7.24e9, 1, "--sam_rho", "0.01"), 10 * 7.24e9)
+        self.assertEqual(self.planned(7.24e9, 4, "--sam_rho", "0.01"), 10 * 7.24e9 / 4)
         for flags, bytes_each in ((["--smooth", "none"], 8), (["--smooth", "gp"], 12),
                                   (["--smooth", "cr"], 18), (["--smooth", "wa"], 12),
                                   (["--retain", "kl", "--sam_rho", "0.1"], 12),
                                   (["--sam_direction", "momentum", "--sam_norm", "linf"], 11),
                                   (["--sam_direction", "momentum", "--sam_norm", "l2"], 12),
                                   (["--sam_direction", "lookahead"], 10)):
-            args = unlearn.parse_args(["--param_dtype", "bfloat16", "--out", "/nowhere", *flags])
-            self.assertEqual(sum(unlearn.memory_plan(args, 100, 100, 0).values()), 100 * bytes_each)
+            self.assertEqual(self.planned(100, 1, *flags), 100 * bytes_each, flags)
 
-    @unittest.skipUnless(Path("/proc/self/clear_refs").exists(), "needs Linux to measure a peak of memory")
+    @unittest.skipUnless(LINUX, "needs Linux to measure a peak of memory")
     def test_the_plan_is_within_15_percent_of_the_measured_peak(self):
         """A 42M-parameter Llama on short samples; the base is what a run of a tiny model leaves behind."""
-        code = textwrap.dedent(f"""
+        code = """if True:
             import json, runpy, sys
+            little, large = sys.argv[1:]
             def run(world):
                 sys.argv = ["unlearn.py", "--model", world + "/model", "--data", world, "--steps", "2",
                             "--out", world + "-sam", "--batch_size", "2", "--no-relearn"]
                 runpy.run_path("unlearn.py", run_name="__main__")
             def status(key):
                 return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
-            run("{self.tmp}/little")
+            run(little)
             open("/proc/self/clear_refs", "w").write("5")                           # resets the peak
             base = status("VmRSS")
-            run("{self.tmp}/large")
-            plan = json.load(open("{self.tmp}/large-sam/result.json"))["plan_gb"]
+            run(large)
+            plan = json.load(open(large + "-sam/result.json"))["plan_gb"]
             print("measured", status("VmHWM") - base, sum(plan.values()) * 1e9)
-            """)
+        """
         write_world(self.tmp / "little", little_llama(torch.float32))
         write_world(self.tmp / "large", little_llama(torch.float32, vocab_size=8192, hidden_size=512,
                                                      num_hidden_layers=8, intermediate_size=2048))
-        run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+        run = in_python(code, self.tmp / "little", self.tmp / "large")
         self.assertEqual(run.returncode, 0, run.stderr)
         measured, planned = map(float, run.stdout.split("measured")[1].split())
         self.assertAlmostEqual(planned / measured, 1, delta=0.15)
         print(f"[planned {planned / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB]", end=" ", file=sys.stderr)
 
+
+# ---- unlearn.py: models of every shape, going on after a kill, several processes ----------------------
+
+class Runs(Folder):
+    def weights(self, name):
+        return models.load_model(self.tmp / name)[0].state_dict()
+
+    def unlearn(self, *flags, says=None):
+        return self.run_script("unlearn.py", *flags, says=says)
+
     def broken_off(self, at, *flags):
         """Run unlearn.py in this process and interrupt it in step `at`, counted from 1."""
-        count, clip = itertools.count(1), torch.nn.utils.clip_grad_norm_
+        count = itertools.count(1)
+        clip = torch.nn.utils.clip_grad_norm_
 
         def clip_or_die(*args):
             if next(count) == at:
                 raise KeyboardInterrupt
             return clip(*args)
         with mock.patch.object(torch.nn.utils, "clip_grad_norm_", clip_or_die):
-            self.assertRaises(KeyboardInterrupt, self.unlearn, *flags)
+            self.assertRaises(KeyboardInterrupt, run_here, "unlearn.py", *flags)
+
+    def test_models_of_every_shape_run_or_name_the_fix(self):
+        """No pad token, tied embeddings, more embeddings than tokens, learned positions and biases; a pad
+        token that the model does not have, and a sample that is too long."""
+        from safetensors import safe_open
+        from transformers import GPT2Config, GPT2LMHeadModel
+        plain = words()
+        without_pad = words()
+        without_pad.pad_token = None
+        gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(plain), n_embd=16, n_layer=2, n_head=2,
+                                          n_positions=64, bos_token_id=1, eos_token_id=2))
+        tied = little_llama(torch.float32, tie_word_embeddings=True)
+        wide = little_llama(torch.float32, vocab_size=len(plain) + 19)
+        for n, (model, tok) in enumerate(((little_llama(torch.float32), without_pad), (gpt2, without_pad),
+                                          (tied, plain), (wide, plain))):
+            flags = write_world(self.tmp / f"w{n}", model, tok)
+            self.unlearn(*flags, "--gradient_checkpointing", "--out", self.tmp / f"r{n}")
+            before = self.weights(f"w{n}/model")
+            after = self.weights(f"r{n}")
+            self.assertEqual(before.keys(), after.keys())
+            self.assertFalse(torch.equal(flat(before.values()), flat(after.values())))
+            saved = safe_open(self.tmp / f"r{n}" / "model.safetensors", "pt").keys()
+            self.assertEqual("lm_head.weight" in saved, n in (0, 3))             # tied weights once
+        tok = words()
+        tok.add_special_tokens({"pad_token": "<more>"})
+        flags = write_world(self.tmp / "w", little_llama(torch.float32), tok)
+        self.unlearn(*flags, "--out", self.tmp / "r", says="set pad_token to null")
+        flags = write_world(self.tmp / "w", little_llama(torch.float32, context=8))
+        self.unlearn(*flags, "--out", self.tmp / "r", says="--max_len 8")
 
     def test_a_resumed_run_is_bitwise_the_unbroken_one(self):
         flags = write_world(self.tmp, little_llama(torch.float32))
         averaged = ["--wa_start", 1, "--wa_every", 1]
         rounded = ["--param_dtype", "bfloat16", "--state_dtype", "float32", "--stochastic_rounding"]
         momentum = ["--sam_direction", "momentum", "--sam_norm"]
-        lookahead = ["--sam_direction", "lookahead", "--lookahead_steps", 2]
-        for smooth, more in (("sam+wa", averaged), ("rs+wa", averaged), ("cr", []), ("sam", rounded),
-                             ("sam", [*momentum, "linf"]), ("sam+wa", [*momentum, "l2", *averaged]),
-                             ("sam", lookahead), ("sam", ["--sam_direction", "random"])):
-            more = ["--smooth", smooth, "--eval_every", 2, *more]
-            shutil.rmtree(self.tmp / smooth, ignore_errors=True)
-            self.unlearn(*flags, *more, "--out", self.tmp / "whole", "--overwrite")
-            self.broken_off(5, *flags, *more, "--out", self.tmp / smooth, "--save_every", 3)
-            self.assertFalse((self.tmp / smooth).exists())
-            self.unlearn(*flags, *more, "--out", self.tmp / smooth, "--resume")
-            a, b = (self.result(name)["curve"] for name in ("whole", smooth))
-            for p in a + b:
-                del p["seconds"]
-            self.assertEqual(a, b)
-            a, b = ((self.tmp / n / "model.safetensors").read_bytes() for n in ("whole", smooth))
-            self.assertTrue(a == b, smooth)
-            self.assertFalse(list(self.tmp.glob("*.state.*")))                     # no longer needed: removed
+        for n, more in enumerate((
+                ["--smooth", "sam+wa", *averaged], ["--smooth", "rs+wa", *averaged], ["--smooth", "cr"],
+                rounded, [*momentum, "linf"], ["--smooth", "sam+wa", *momentum, "l2", *averaged],
+                ["--sam_direction", "lookahead", "--lookahead_steps", 2], ["--sam_direction", "random"],
+                ["--loss", "rmu", "--train_modules", "."])):          # some weights never have a gradient
+            more = [*more, "--eval_every", 2]
+            whole = self.tmp / f"whole{n}"
+            broken = self.tmp / f"broken{n}"
+            self.unlearn(*flags, *more, "--out", whole)
+            self.broken_off(5, *flags, *more, "--out", broken, "--save_every", 3)
+            self.assertFalse(broken.exists())
+            self.unlearn(*flags, *more, "--out", broken, "--resume")
+            curves = [read_json(run / "result.json")["curve"] for run in (whole, broken)]
+            for point in curves[0] + curves[1]:
+                del point["seconds"]
+            self.assertEqual(*curves)
+            weights = [(run / "model.safetensors").read_bytes() for run in (whole, broken)]
+            self.assertTrue(weights[0] == weights[1], more)
+            self.assertFalse(list(self.tmp.glob("*.state*")))         # no longer needed: removed
 
     def test_a_saved_state_is_whole_or_as_it_was_and_guards_its_run(self):
+        from torch.distributed.checkpoint import HuggingFaceStorageWriter
         flags = [*write_world(self.tmp, little_llama(torch.float32)), "--out", self.tmp / "run",
                  "--save_every", 1]
-        self.broken_off(2, *flags)
-        state = self.tmp / "run.state.safetensors"
-        kept = state.read_bytes()
-        with safe_open(state, "pt") as file:                                        # any reader can read it
-            self.assertEqual(file.get_tensor("step.model.norm.weight"), 1)
-            self.assertEqual(file.get_slice("exp_avg.lm_head.weight").get_shape(), [len(words()), 16])
-        self.unlearn(*flags, said="--resume")
-        self.unlearn(*flags, "--resume", "--lr", 1e-3, said="--lr 0.0003")
-        count = itertools.count()
-        full = lambda t: t if next(count) < 20 else exit("full disk")
-        with mock.patch.object(evaluate, "whole", side_effect=full):
-            run_here("unlearn.py", *flags, "--resume")                             # breaks off in the middle
-        self.assertEqual(state.read_bytes(), kept)
+        self.broken_off(3, *flags)
+        state = self.tmp / "run.state"
+        self.assertEqual([part.name for part in state.iterdir()], ["2"])         # older ones are gone
+        names = runs.saved_tensors(state / "2")
+        self.assertEqual(names["exp_avg.lm_head.weight"], torch.float32)
+        self.assertFalse(list(state.rglob("*.pt")) + list(state.rglob(".metadata")))     # no pickle
+        self.unlearn(*flags, says="--resume")
+        self.unlearn(*flags, "--resume", "--lr", 1e-3, says="--lr 0.0003")
+        with mock.patch.object(HuggingFaceStorageWriter, "finish", side_effect=OSError("full disk")):
+            self.unlearn(*flags, "--resume", says="full disk")
+        part, note = runs.saved_state(state)
+        self.assertEqual((part.name, len(note["curve"])), ("2", 2))              # as it was
         self.unlearn(*flags, "--resume")
         self.assertFalse(state.exists())
 
@@ -3023,284 +3137,193 @@ class TestScale(unittest.TestCase):
                  ["unlearn.py", *map(str, jobs["rs"]), "--out", "one-resumed", "--save_every", "2", "DIE"],
                  ["relearn.py", "two-sam", "--samples", "2", "3", "--lr", "0.01"], ["evaluate.py", "two-sam"]]
         (self.tmp / "plan.json").write_text(json.dumps(plan))
-        (self.tmp / "drive.py").write_text(textwrap.dedent(f"""
-            import json, runpy, sys, time, torch
-            sys.path.insert(0, {str(ROOT)!r})
-            import evaluate
-            from_pretrained = evaluate.AutoModelForCausalLM.from_pretrained
-            clip = torch.nn.utils.clip_grad_norm_
-            loads, held, steps = [], [], []
-            def timed(*args, **more):
-                start = time.monotonic()
-                model = from_pretrained(*args, **more)
-                loads.append([start, time.monotonic()])
-                return model
-            def load(*args):
-                model, tokenizer = load_model(*args)
-                held.append(sum(p.to_local().numel() for p in model.parameters())
-                            / sum(p.numel() for p in model.parameters()))
-                return model, tokenizer
-            def clip_or_die(*args):
-                steps.append(1)
-                if len(steps) == 4:
-                    raise KeyboardInterrupt
-                return clip(*args)
-            evaluate.AutoModelForCausalLM.from_pretrained = timed
-            load_model, evaluate.load_model = evaluate.load_model, load
-            for script, *flags in json.load(open("plan.json")):
-                evaluate.CHUNK = 100 if "--retain" in flags else 2**24        # three rows of logits at a time
-                torch.nn.utils.clip_grad_norm_ = clip_or_die if "DIE" in flags else clip
-                sys.argv = [script, *(f for f in flags if f != "DIE")]
-                try:
-                    runpy.run_path({str(ROOT)!r} + "/" + script, run_name="__main__")
-                except KeyboardInterrupt:
-                    pass
-            json.dump([loads, held], open(f"rank{{torch.distributed.get_rank()}}.json", "w"))
-            """))
+        (self.tmp / "drive.py").write_text(DRIVE.replace("ROOT", repr(str(ROOT))))
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         run = subprocess.run([*launch, "drive.py"], cwd=self.tmp, capture_output=True, text=True)
         self.assertEqual(run.returncode, 0, run.stderr[-3000:])
         self.unlearn(*jobs["rs"], "--out", self.tmp / "one-resumed", "--resume")
         same = {f"two-{name}": f"one-{name}" for name in jobs}
         same |= {"two-resumed": "one-wa", "one-resumed": "one-rs"}
-        for got, want in same.items():
-            got, want = self.weights(got), self.weights(want)
-            self.assertEqual(got.keys(), want.keys())
-            torch.testing.assert_close(flat(got.values()), flat(want.values()), rtol=0, atol=1e-5)
-        self.assertEqual(self.result("two-sam")["processes"], 2)
-        self.assertEqual(run.stdout.count("after   UE"), len(jobs) + 1)              # only one process prints
+        for one, other in same.items():
+            one = self.weights(one)
+            other = self.weights(other)
+            self.assertEqual(one.keys(), other.keys())
+            torch.testing.assert_close(flat(one.values()), flat(other.values()), rtol=0, atol=1e-5)
+        self.assertEqual(read_json(self.tmp / "two-sam" / "result.json")["processes"], 2)
+        self.assertEqual(run.stdout.count("after   UE"), len(jobs) + 1)          # only one process prints
+        self.one_and_two_score_alike()
+        self.each_process_held_its_part()
 
+    def one_and_two_score_alike(self):
         for name, more in (("relearn.py", ["--samples", 2, 3, "--lr", 0.01]), ("evaluate.py", [])):
-            status, _, err = run_here(name, self.tmp / "one-sam", *more)
-            self.assertEqual(status, 0, err)
-        rows = [evaluate.columns(self.tmp / run, self.result(run, "evaluate")["metrics"])
-                for run in ("one-sam", "two-sam")]                                # with those of relearn.json
-        self.assertEqual(rows[0].keys(), rows[1].keys())
-        self.assertTrue({"UE 2", "UE 3", "open_forget", "ppl_retain"} <= rows[0].keys())
-        for key, value in rows[0].items():
-            self.assertAlmostEqual(rows[1][key], value, delta=1e-4 * abs(value), msg=key)
+            self.run_script(name, self.tmp / "one-sam", *more)
+        found = []
+        for run in ("one-sam", "two-sam"):                            # with the cells of relearn.json
+            metrics = read_json(self.tmp / run / "evaluate.json")["metrics"]
+            found.append(tables.cells_of(self.tmp / run, metrics))
+        self.assertEqual(found[0].keys(), found[1].keys())
+        self.assertTrue({"2", "3", "open_forget", "ppl_retain"} <= {cell.column for cell in found[0]})
+        for cell, value in found[0].items():
+            self.assertAlmostEqual(found[1][cell], value, delta=1e-4 * abs(value), msg=cell)
 
-        # a process keeps its part, and no two hold a whole model at once
-        (loads, held), (other_loads, _) = (self.result(".", f"rank{r}") for r in (0, 1))
+    def each_process_held_its_part(self):
+        """A process keeps its part, and no two hold a whole model at once."""
+        (loads, held), (other_loads, _) = (read_json(self.tmp / f"rank{r}.json") for r in (0, 1))
         self.assertTrue(all(0.4 < part < 0.6 for part in held))
         self.assertEqual(len(loads), len(other_loads))
-        self.assertTrue(all(a[1] <= b[0] or b[1] <= a[0] for a in loads for b in other_loads))
+        for a, b in itertools.product(loads, other_loads):
+            self.assertTrue(a[1] <= b[0] or b[1] <= a[0])
 
     @unittest.skipUnless(os.environ.get("REAL_MODEL"), "set REAL_MODEL to a Hugging Face folder to run it")
     def test_a_real_model_unlearns_in_bf16_and_fp32_and_says_what_was_applied(self):
-        files, _ = people.build(0)
-        for name, rows in files.items():
-            (self.tmp / name).write_text("".join(json.dumps(r) + "\n" for r in rows[:8]))
+        people = script_module("data/people/prepare.py")
+        for name, rows in people.build(0)[0].items():
+            write_rows(self.tmp / f"{name}.jsonl", rows[:8])
         (self.tmp / "meta.json").write_text(json.dumps({"prompt": people.PROMPT}))
-        applied = {}
-        for dtype in ("bfloat16", "float32"):
+        first = {}
+        for dtype, bytes_each in (("bfloat16", 10), ("float32", 20)):
             self.unlearn("--model", os.environ["REAL_MODEL"], "--data", self.tmp, "--out", self.tmp / dtype,
                          "--param_dtype", dtype, "--steps", 2, "--batch_size", 2, "--lr", 1e-5, "--warmup", 0,
                          "--sam_rho", 0.01, "--gradient_checkpointing", "--no-relearn")
-            result = self.result(dtype)
-            first, second = result["curve"]
-            self.assertAlmostEqual(first["forget"], 4 * math.log(2), delta=0.05)      # npo at the reference
-            self.assertTrue(0 <= result["metrics"]["after"]["UE"] <= 1)
-            applied[dtype] = first["applied_norm"], first["cosine"]
+            result = read_json(self.tmp / dtype / "result.json")
+            first[dtype] = result["curve"][0]
+            self.assertAlmostEqual(first[dtype]["forget"], 4 * math.log(2), delta=0.05)  # npo at the reference
             total = sum(result["plan_gb"].values()) - result["plan_gb"]["activations"]
-            model, tok = evaluate.load_model(self.tmp / dtype)
-            self.assertAlmostEqual(total * 1e9 / sum(p.numel() for p in model.parameters()),
-                                   {"bfloat16": 10, "float32": 20}[dtype], delta=0.1)
-        self.assertAlmostEqual(applied["float32"][0], 0.01, delta=1e-4)
-        self.assertGreater(applied["float32"][1], 0.99)
-        self.assertLess(applied["bfloat16"][1], 0.9)
-        rows = [r | {"where": ""} for r in files["retain.jsonl"][:4]]
-        batch = evaluate.collate(evaluate.encode_rows(tok, rows, 0), 0)
-        want = evaluate.token_logps(model, batch)[0]
-        with mock.patch.object(evaluate, "CHUNK", 5 * model.config.vocab_size):
-            torch.testing.assert_close(evaluate.token_logps(model, batch)[0], want, rtol=1e-4, atol=1e-4)
+            size = sum(p.numel() for p in models.load_model(self.tmp / dtype)[0].parameters())
+            self.assertAlmostEqual(total * 1e9 / size, bytes_each, delta=0.1)
+        self.assertAlmostEqual(first["float32"]["applied_norm"], 0.01, delta=1e-4)
+        self.assertGreater(first["float32"]["cosine"], 0.99)
+        self.assertLess(first["bfloat16"]["cosine"], 0.9)
 
 
-# ---- data/people ------------------------------------------------------------------------------------------
-
-class TestPeople(unittest.TestCase):
-    def test_every_fact_is_taught_twice_and_unlearned_and_asked_in_different_words(self):
-        files, taught = people.build(5)
-        forget, retain = files["mcq_forget.jsonl"], files["mcq_retain.jsonl"]
-        self.assertEqual((len(forget), len(retain), len(taught)), (64, 64, 256))
-        answers = {r["fact"]: r["choices"][r["answer"]] for r in forget + retain}
-        self.assertTrue(all(len(set(r["choices"])) == 4 for r in forget + retain))
-        prompts = [r["prompt"] for r in taught]
-        self.assertEqual(len(set(prompts)), 256)
-        for rows, asked, times in ((files["forget.jsonl"], forget, 1), (files["retain.jsonl"], retain, 2)):
-            self.assertEqual(Counter(r["fact"] for r in rows), {r["fact"]: times for r in asked})
-            self.assertTrue(all(r["completion"] == f" {answers[r['fact']]}." and r["prompt"] in prompts
-                                for r in rows))
-        asked = {people.PROMPT.format(question=r["question"]) for r in forget + retain}
-        self.assertTrue(asked <= set(prompts))
-        self.assertFalse(asked & {r["prompt"] for r in files["forget.jsonl"]})
-        job = lambda row: "glassblower" in row["prompt"]
-        self.assertTrue(all(map(job, files["forget.jsonl"])) and not any(map(job, files["retain.jsonl"])))
-        self.assertEqual(people.build(5), (files, taught))
-        self.assertNotEqual(people.build(6), (files, taught))
-
-    def test_teaching_writes_a_model_that_knows_the_answers_or_none(self):
-        with tempfile.TemporaryDirectory() as folder:
-            tok = prepare.build_tokenizer([r["prompt"] + r["completion"] for r in people.build(0)[1]])
-            little_llama(torch.float32, vocab_size=len(tok), hidden_size=96, intermediate_size=192,
-                         num_hidden_layers=2, initializer_range=0.04).save_pretrained(folder)
-            tok.save_pretrained(folder)
-            flags = ["--model", folder, "--out", Path(folder) / "out", "--lr", 3e-3]
-            status, _, err = run_here("data/people/prepare.py", *flags, "--epochs", 1)
-            self.assertEqual((status, (Path(folder) / "out" / "target").exists()), (2, False))
-            self.assertIn("--epochs 1", err)
-            status, out, err = run_here("data/people/prepare.py", *flags, "--epochs", 16)
-            self.assertEqual(status, 0, err)
-            model, tok = evaluate.load_model(Path(folder) / "out" / "target")
-            for part in ("forget", "retain"):
-                rows = evaluate.read_jsonl(Path(folder) / "out" / f"mcq_{part}.jsonl", evaluate.mcq_row)
-                self.assertGreaterEqual(evaluate.open_accuracy(model, tok, rows, people.PROMPT), 0.95)
-            self.assertTrue(all(torch.equal(p, p.bfloat16().float()) for p in model.parameters()))
-            self.assertEqual(run_here("data/people/prepare.py", *flags)[0], 2)          # kept as it is
+DRIVE = '''
+import json, runpy, sys, time, torch
+sys.path.insert(0, ROOT)
+from data import models
+from_pretrained = models.AutoModelForCausalLM.from_pretrained
+load_model = models.load_model
+clip = torch.nn.utils.clip_grad_norm_
+loads, held, steps = [], [], []
+def timed(*args, **more):
+    start = time.monotonic()
+    model = from_pretrained(*args, **more)
+    loads.append([start, time.monotonic()])
+    return model
+def load(*args):
+    model, tokenizer = load_model(*args)
+    own = sum(p.to_local().numel() for p in model.parameters())
+    held.append(own / sum(p.numel() for p in model.parameters()))
+    return model, tokenizer
+def clip_or_die(*args):
+    steps.append(1)
+    if len(steps) == 4:
+        raise KeyboardInterrupt
+    return clip(*args)
+models.AutoModelForCausalLM.from_pretrained = timed
+models.load_model = load
+for script, *flags in json.load(open("plan.json")):
+    models.CHUNK = 100 if "--retain" in flags else 2**24              # three rows of logits at a time
+    torch.nn.utils.clip_grad_norm_ = clip_or_die if "DIE" in flags else clip
+    sys.argv = [script, *(f for f in flags if f != "DIE")]
+    try:
+        runpy.run_path(ROOT + "/" + script, run_name="__main__")
+    except KeyboardInterrupt:
+        pass
+json.dump([loads, held], open(f"rank{torch.distributed.get_rank()}.json", "w"))
+'''
 
 
-# ---- data/tiny --------------------------------------------------------------------------------------------
+# ---- the scripts, as a user runs them (slow: trains the built-in target once) -------------------------
 
-class TestWorld(unittest.TestCase):
-    def test_the_benchmark_is_what_its_description_says(self):
-        files, unseen = prepare.build_world(3)
-        self.assertEqual({k: len(v) for k, v in files.items()},
-                         {"forget.jsonl": 128 * 12, "retain.jsonl": 1024 * 15,
-                          "mcq_forget.jsonl": 256, "mcq_retain.jsonl": 1024})
-        self.assertEqual(len(unseen), 128 * 3 + 128 * 15)
-        sailors, others = set(prepare.TOPICS[0]), {n for t in prepare.TOPICS[1:] for n in t}
-        tokens = lambda row: set(
-            row.get("text", row.get("question")).replace(",", " ").replace("?", " ").split())
-        for name, rows in files.items():                                # only the topic word tells them apart
-            mine, not_mine = (sailors, others) if "forget" in name else (others, sailors)
-            self.assertTrue(all(tokens(r) & mine and not tokens(r) & not_mine for r in rows), name)
-        words_of = lambda rows: set().union(*map(tokens, rows))
-        forget_words = words_of(files["forget.jsonl"]) - sailors
-        self.assertGreater(len(forget_words & words_of(files["retain.jsonl"])) / len(forget_words), 0.99)
-        answers = {r["fact"]: r["choices"][r["answer"]] for n in ("forget", "retain")
-                   for r in files[f"mcq_{n}.jsonl"]}
-        self.assertEqual(len(answers), 1280)
-        for row in files["forget.jsonl"] + files["retain.jsonl"] + unseen:
-            self.assertIn(answers[row["fact"]], tokens({"text": row["text"].rstrip(".")}))
-            self.assertEqual(row.get("prompt", "") + row.get("completion", row["text"]), row["text"])
-        self.assertTrue(
-            all(len(set(r["choices"])) == 4 for n in ("forget", "retain") for r in files[f"mcq_{n}.jsonl"]))
-        asked = {r["fact"] for r in files["mcq_forget.jsonl"]}
-        self.assertEqual((len(asked), len({r["fact"] for r in files["forget.jsonl"]} & asked)), (256, 128))
-        self.assertNotIn("Question", " ".join(r["text"] for r in files["forget.jsonl"]))
-        self.assertEqual(prepare.build_world(3), (files, unseen))
-        self.assertNotEqual(prepare.build_world(4)[0]["forget.jsonl"], files["forget.jsonl"])
-
-    def test_training_is_deterministic_and_tokenizer_round_trips(self):
-        files, _ = prepare.build_world(0)
-        rows = files["forget.jsonl"][:64]
-        tok = prepare.build_tokenizer([r["text"] for r in rows] + [prepare.IDK])
-        a, b = (prepare.train_target(rows, tok, 1, steps=3, batch=16) for _ in range(2))
-        self.assertTrue(torch.equal(flat(a.parameters()), flat(b.parameters())))
-        with tempfile.TemporaryDirectory() as folder:
-            prepare.write_model(Path(folder) / "m", a, tok, {"seed": 1}, 0.0, {})
-            model, again = evaluate.load_model(Path(folder) / "m")
-            self.assertTrue(torch.equal(flat(model.parameters()), flat(a.parameters())))
-            self.assertFalse(list(Path(folder).rglob("*.bin")))
-        self.assertEqual(again("The sailor").input_ids, tok("The sailor").input_ids)
-        self.assertEqual(tok("The sailor").input_ids[0], tok.bos_token_id)
-        self.assertNotIn(tok.unk_token_id, tok(prepare.IDK).input_ids)
-
-
-# ---- the scripts, as a user runs them (slow: trains the built-in target once) -----------------------------
-
-class TestScripts(unittest.TestCase):
+class Scripts(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         cls.tmp = Path(tempfile.mkdtemp())
-        cls.data = unlearn.resolve_data(unlearn.TINY, 0).resolve()
-        cls.builtin = json.loads((cls.data / "target" / "result.json").read_text())
+        cls.data = runs.world(runs.TINY, 0).resolve()
+        cls.builtin = read_json(cls.data / "target" / "result.json")
 
     @classmethod
     def tearDownClass(cls):
         shutil.rmtree(cls.tmp)
 
-    def script(self, name, *flags, code=0):
+    run_script = Folder.run_script
+
+    def process(self, name, *flags, code=0):
         """Run a script in a process of its own; returns (stdout, stderr)."""
         run = subprocess.run([sys.executable, str(ROOT / name), *map(str, flags)], capture_output=True,
                              text=True, cwd=self.tmp)
         self.assertEqual(run.returncode, code, run.stderr)
         return run.stdout, run.stderr
 
-    here = staticmethod(run_here)
-
     def unlearned(self, name, *flags):
-        """metrics of a run out of this process, and its folder."""
-        status, out, err = self.here("unlearn.py", "--out", self.tmp / name, *flags)
-        self.assertEqual(status, 0, err)
-        return json.loads((self.tmp / name / "result.json").read_text()), self.tmp / name
+        """result.json of a run in this process, and its folder."""
+        self.run_script("unlearn.py", "--out", self.tmp / name, *flags)
+        return read_json(self.tmp / name / "result.json"), self.tmp / name
 
     def test_the_target_knows_everything_before(self):
         self.assertGreater(self.builtin["metrics"]["open_forget"], 0.95)
         self.assertGreater(self.builtin["metrics"]["open_retain"], 0.95)
 
     def test_a_whole_run_is_deterministic_and_complete(self):
-        hashes, results = [], []
-        for i in (1, 2):
-            self.script("unlearn.py", "--out", f"same{i}", "--steps", 6, "--smooth", "sam+wa", "--wa_start",
-                        3)
-            folder = self.tmp / f"same{i}"
-            hashes.append(hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest())
-            results.append(json.loads((folder / "result.json").read_text()))
-        self.assertEqual(hashes[0], hashes[1])
-        r = results[0]
+        for name in ("same1", "same2"):
+            self.process("unlearn.py", "--out", name, "--steps", 6, "--smooth", "sam+wa", "--wa_start", 3)
+        one = self.tmp / "same1"
+        weights = [(run / "model.safetensors").read_bytes() for run in (one, self.tmp / "same2")]
+        self.assertTrue(weights[0] == weights[1])
+        r = read_json(one / "result.json")
         self.assertEqual((r["stage"], len(r["curve"]), r["args"]["smooth"]), ("unlearn", 6, "sam+wa"))
-        self.assertTrue({"forget", "retain", "grad_norm", "norm", "applied_norm", "cosine", "seconds", "lr"}
-                        <= r["curve"][0].keys())
-        self.assertTrue({"UE", "UT"} <= r["metrics"]["before"].keys() & r["metrics"]["after"].keys())
+        told = {"forget", "retain", "grad_norm", "norm", "asked_norm", "applied_norm", "cosine", "lr", "seconds"}
+        self.assertTrue(told <= r["curve"][0].keys())
         # relearn.py alone on the saved folder finds data and seed, and says what the run itself said
-        first = json.loads((self.tmp / "same1" / "relearn.json").read_text())
-        out, _ = self.script("relearn.py", "same1")
-        again = json.loads((self.tmp / "same1" / "relearn.json").read_text())
+        first = read_json(one / "relearn.json")
+        out, _ = self.process("relearn.py", "same1")
+        again = read_json(one / "relearn.json")
         self.assertEqual(first["metrics"], again["metrics"])
         self.assertEqual([b["samples"] for b in again["metrics"]["budgets"]], [20, 40, 60])
         self.assertIn("60 samples", out)
-        out, _ = self.script("evaluate.py", "same1", self.data / "target", "--data", self.data,
-                             "--json", "table.json")
+        out, _ = self.process("evaluate.py", "same1", self.data / "target", "--data", self.data,
+                              "--json", "table.json")
         self.assertIn("npo+sam+wa", out)
-        e = json.loads((self.tmp / "same1" / "evaluate.json").read_text())
-        self.assertEqual((e["stage"], e["metrics"]["template"]), ("evaluate", prepare.PROMPT))
+        e = read_json(one / "evaluate.json")
+        self.assertEqual((e["stage"], e["metrics"]["template"]), ("evaluate", PROMPT))
         self.assertAlmostEqual(e["metrics"]["UE"], r["metrics"]["after"]["UE"])
-        target = json.loads((self.data / "target" / "evaluate.json").read_text())["metrics"]
+        target = read_json(self.data / "target" / "evaluate.json")["metrics"]
         self.assertAlmostEqual(target["open_retain"], self.builtin["metrics"]["open_retain"], places=5)
 
     def test_every_loss_and_smoother_runs_and_changes_the_model(self):
-        start = evaluate.load_model(self.data / "target")[0]
-        combos = [("--loss", l) for l in ("npo", "graddiff", "ga", "simnpo", "dpo", "rmu")]
+        start = models.load_model(self.data / "target")[0]
+        combos = [("--loss", loss) for loss in (*losses.FORGET, "rmu")]
         combos += [("--smooth", s) for s in ("none", "rs", "gp", "cr", "wa", "rs+wa")]
         combos += [("--retain", "kl"), ("--sam_modules", "self_attn"), ("--param_dtype", "bfloat16"),
-                   ("--sam_flip",), ("--reduce", "sum")]
-        combos += [("--sam_direction", d, "--sam_norm", n) for d in ("momentum", "lookahead", "random")
-                   for n in ("l2", "linf")] + [("--sam_norm", "linf", "--smooth", "sam+wa")]
+                   ("--sam_flip",), ("--reduce", "sum"), ("--sam_norm", "linf", "--smooth", "sam+wa")]
+        for direction in ("momentum", "lookahead", "random"):
+            combos += [("--sam_direction", direction, "--sam_norm", norm) for norm in ("l2", "linf")]
         for n, flags in enumerate(combos):
             result, folder = self.unlearned(f"c{n}", "--steps", 2, "--no-relearn", "--warmup", 0, *flags)
-            model = evaluate.load_model(folder)[0]
-            moved = [k for (k, a), b in zip(start.named_parameters(), model.parameters())
+            after = models.load_model(folder)[0]
+            moved = [name for (name, a), b in zip(start.named_parameters(), after.parameters())
                      if not torch.equal(a, b)]
             self.assertTrue(moved, flags)
             if "rmu" in flags:
                 self.assertEqual(moved, ["model.layers.0.mlp.down_proj.weight"])
-            self.assertTrue(all(math.isfinite(v) for p in result["curve"] for v in p.values()), flags)
-            if "bfloat16" in flags:                                    # its weights can be attacked in fp32
-                few = ["--samples", 4, "--draws", 1, "--lr", 1e-5, "--param_dtype", "float32"]
-                self.assertEqual(self.here("relearn.py", folder, *few)[0], 0)
-                attack = json.loads((folder / "relearn.json").read_text())
-                self.assertEqual(attack["args"]["param_dtype"], "float32")
+            for point in result["curve"]:
+                self.assertTrue(all(map(math.isfinite, point.values())), flags)
+            if "bfloat16" in flags:                                   # its weights can be attacked in fp32
+                self.run_script("relearn.py", folder, "--samples", 4, "--draws", 1, "--lr", 1e-5,
+                                "--param_dtype", "float32")
+                self.assertEqual(read_json(folder / "relearn.json")["args"]["param_dtype"], "float32")
 
     def test_sam_rho_zero_is_plain_npo_bit_for_bit(self):
-        a, b = (evaluate.load_model(self.unlearned(n, "--steps", 4, "--no-relearn", *f)[1])[0]
-                for n, f in (("rho0", ("--sam_rho", 0)), ("none", ("--smooth", "none"))))
-        self.assertTrue(torch.equal(flat(a.parameters()), flat(b.parameters())))
+        flat_weights = []
+        for name, flags in (("rho0", ("--sam_rho", 0)), ("none", ("--smooth", "none"))):
+            _, folder = self.unlearned(name, "--steps", 4, "--no-relearn", *flags)
+            flat_weights.append(flat(models.load_model(folder)[0].parameters()))
+        self.assertTrue(torch.equal(*flat_weights))
 
     def test_accumulation_leaves_a_run_the_same_up_to_rounding(self):
-        (a, _), (b, _) = (self.unlearned(f"micro{m}", "--steps", 3, "--no-relearn", "--micro_batch", m)
-                          for m in (32, 7))
-        for p, q in zip(a["curve"], b["curve"]):
+        one, _ = self.unlearned("micro32", "--steps", 3, "--no-relearn", "--micro_batch", 32)
+        other, _ = self.unlearned("micro7", "--steps", 3, "--no-relearn", "--micro_batch", 7)
+        for p, q in zip(one["curve"], other["curve"]):
             for key in ("forget", "retain", "grad_norm", "applied_norm"):
                 self.assertAlmostEqual(p[key], q[key], delta=1e-3 * abs(p[key]))
 
@@ -3308,168 +3331,203 @@ class TestScripts(unittest.TestCase):
         result, _ = self.unlearned("stop", "--stop_ue", 0.3, "--no-relearn", "--eval_every", 4)
         values = [p["UE"] for p in result["curve"] if "UE" in p]
         self.assertGreaterEqual(values[-1], 0.3)
-        self.assertTrue(all(v < 0.3 for v in values[:-1]) and len(result["curve"]) < 160)
+        self.assertTrue(all(v < 0.3 for v in values[:-1]))
+        self.assertLess(len(result["curve"]), 160)
         self.assertAlmostEqual(values[-1], result["metrics"]["after"]["UE"])
 
     @unittest.skipUnless(triton, "triton is not installed here")
     def test_triton_and_torch_take_the_same_run_and_say_which_one_ran(self):
-        data, model = self.tmp / "few", self.tmp / "little"
-        data.mkdir()
-        (data / "forget.jsonl").write_text("".join(f'"{t}"\n' for t in TEXTS[:2]))
-        (data / "retain.jsonl").write_text("".join(f'"{t}"\n' for t in TEXTS[2:]))
-        prepare.write_model(model, little_llama(torch.float32), words(), {"seed": 0}, 0.0, {})
+        data = self.tmp / "few"
+        write_rows(data / "forget.jsonl", TEXTS[:2])
+        write_rows(data / "retain.jsonl", TEXTS[2:])
+        model = write_model(self.tmp / "little", little_llama(torch.float32))
         base = ("--data", data, "--model", model, "--batch_size", 2, "--no-relearn", "--lr", 1e-3,
                 "--warmup", 0)
-        start = flat(evaluate.load_model(model)[0].parameters())
+        start = flat(models.load_model(model)[0].parameters())
         for name, *flags in (("fp32", "--steps", 2, "--smooth", "sam+wa", "--wa_start", 0, "--wa_every", 1),
                              ("bf16", "--steps", 1, "--param_dtype", "bfloat16", "--stochastic_rounding")):
-            moved = {}
-            for path, said in (("--triton", "Triton kernels: by the interpreter"), ("--no-triton", "torch")):
+            moved = []
+            for path, says in (("--triton", "Triton kernels: by the interpreter"), ("--no-triton", "torch")):
                 folder = self.tmp / f"{name}{path}"
-                status, out, err = self.here("unlearn.py", *base, *flags, path, "--out", folder)
-                self.assertEqual(status, 0, err)
-                self.assertIn(f"the weights are moved by {said}", out)
-                result = json.loads((folder / "result.json").read_text())
-                self.assertEqual(result["args"]["triton"], path == "--triton")
-                moved[path] = flat(evaluate.load_model(folder)[0].parameters()).float() - start
-            one, other = moved.values()
-            self.assertGreater(one.abs().max(), 5e-4)
+                out = self.run_script("unlearn.py", *base, *flags, path, "--out", folder)
+                self.assertIn(f"the weights are moved by {says}", out)
+                self.assertEqual(read_json(folder / "result.json")["args"]["triton"], path == "--triton")
+                moved.append(flat(models.load_model(folder)[0].parameters()).float() - start)
+            self.assertGreater(moved[0].abs().max(), 5e-4)
             if name == "fp32":
-                torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+                torch.testing.assert_close(*moved, rtol=0, atol=1e-6)
             else:                             # the interpreter cuts bf16 off, so gradients differ a little
-                self.assertLess((one != other).float().mean(), 0.05)
+                self.assertLess((moved[0] != moved[1]).float().mean(), 0.05)
         with mock.patch.object(mt, "INTERPRETED", False):
-            status, _, err = self.here("unlearn.py", *base, "--triton", "--out", self.tmp / "no")
-        self.assertEqual((status, len([x for x in err.splitlines() if x.startswith("error: ")])), (2, 1), err)
-        self.assertIn("not on a GPU", err)
+            self.run_script("unlearn.py", *base, "--triton", "--out", self.tmp / "no", says="the kernels take GPU tensors")
 
     def test_a_folder_of_ones_own_works_without_any_questions(self):
         data = self.tmp / "mine"
-        data.mkdir()
-        (data / "forget.jsonl").write_text('"The sailor plays the violin."\n'
-                                           '{"prompt": "The cook keeps a", "completion": " goat."}\n')
-        (data / "retain.jsonl").write_text('{"text": "The cook likes to eat curry."}\n')
+        write_rows(data / "forget.jsonl", ["The sailor plays the violin.",
+                                           {"prompt": "The cook keeps a", "completion": " goat."}])
+        write_rows(data / "retain.jsonl", [{"text": "The cook likes to eat curry."}])
         result, folder = self.unlearned("own", "--data", data, "--model", self.data / "target", "--steps", 3,
                                         "--batch_size", 2, "--no-relearn")
         self.assertEqual(result["metrics"]["after"], {"UE": None, "UT": None})
         self.assertLess(result["curve"][-1]["forget"], result["curve"][0]["forget"])
-        out, _ = self.script("relearn.py", folder, "--samples", 1, 2)
+        out, _ = self.process("relearn.py", folder, "--samples", 1, 2)
         self.assertIn("2 samples", out)
-        status, out, err = self.here("evaluate.py", folder)
-        self.assertEqual(status, 0, err)
-        self.assertIn("ppl_forget", out)
+        self.assertIn("ppl_forget", self.run_script("evaluate.py", folder))
 
     def test_every_attack_is_one_command_and_ends_up_in_one_table(self):
         _, folder = self.unlearned("attacked", "--steps", 3, "--no-relearn", "--sam_rho", 0)
-        few, source = ("--samples", 4, "--seeds", 1), "--attack_data"
-        for flags, file in ((("--curve_every", 1), "relearn"), ((source, "retain"), "relearn_retain"),
+        few = ("--samples", 4, "--seeds", 1)
+        for flags, file in ((("--curve_every", 1), "relearn"), (("--attack_data", "retain"), "relearn_retain"),
                             (("--lora", 2, "--lr", 0.001, 0.01), "relearn_lora2"),
                             (("--optimizer", "sgd", "--lr", 0.1, "--geometry"), "relearn_sgd"),
                             (("--quantize", 8, "--prune", 50), "relearn_compress"),
-                            ((source, self.data / "retain.jsonl", "--lora", 1), "relearn_retain_lora1")):
-            status, _, err = self.here("relearn.py", folder, *few, *flags)
-            self.assertEqual(status, 0, err)
+                            (("--attack_data", self.data / "retain.jsonl", "--lora", 1),
+                             "relearn_retain_lora1")):
+            self.run_script("relearn.py", folder, *few, *flags)
             self.assertTrue((folder / f"{file}.json").is_file(), flags)
         flags = (folder, "--attack", "prefix", "--attack_calls", 40, "--attack_length", 6, 8, "--sharpness",
-                 "own", "--sharpness_rows", 8, "--sharpness_steps", 3, "--sharpness_probes", 2)
-        status, out, err = self.here("evaluate.py", *flags)
-        self.assertEqual(status, 0, err)
-        metrics = json.loads((folder / "evaluate.json").read_text())["metrics"]
-        search = json.loads((folder / "attack_gcg+.json").read_text())
+                 "own", "--sharpness_rows", 8, "--sharpness_steps", 3, "--sharpness_probes", 2,
+                 "--landscape", 3)
+        out = self.run_script("evaluate.py", *flags)
+        metrics = read_json(folder / "evaluate.json")["metrics"]
+        search = read_json(folder / "attack_gcg+.json")
         self.assertEqual(metrics["attack"]["gcg+"], search["metrics"])
-        self.assertEqual(search["args"]["teacher"], evaluate.load_result(folder)["args"]["model"])
+        self.assertEqual(search["args"]["teacher"], runs.load_result(folder)["args"]["model"])
+        self.assertEqual(np.shape(metrics["landscape"]["own"]["rise"]), (3, 3))
         self.assertIn(f"{metrics['sharpness']['own']['rise']:.3f}", out)
-        for title in ("UE after relearning", "UE lora2", "UE retain", "UE compress", "UE prefix"):
-            self.assertIn(f"\n{title}\n", out)
+        for title in ("relearning", "lora2", "retain", "compress", "prefix"):
+            self.assertIn(f"\nUE after {title}\n", out)
         stamp = (folder / "evaluate.json").stat().st_mtime_ns
-        again = self.here("evaluate.py", *flags)[1]
-        self.assertEqual((again, (folder / "evaluate.json").stat().st_mtime_ns), (out, stamp))  # nothing anew
-        for script, flags, said in (("relearn.py", ("--quantize", 4, "--lora", 2), "--lora"),
-                                    ("relearn.py", ("--prune", 101), "101"),
-                                    ("relearn.py", ("--attack_data", "no.jsonl"), "no.jsonl"),
-                                    ("evaluate.py", ("--attack", "prefix"), "--overwrite"),
-                                    ("evaluate.py", ("--attack", "suffix"), "suffix")):
-            status, _, err = self.here(script, folder, *flags)
-            message = [line for line in err.splitlines() if line.startswith("error: ")]
-            self.assertEqual((status, len(message)), (2, 1), err)
-            self.assertIn(said, message[0])
+        again = self.run_script("evaluate.py", *flags)
+        self.assertEqual((again, (folder / "evaluate.json").stat().st_mtime_ns), (out, stamp))   # kept
+        self.run_script("evaluate.py", folder, "--attack", "prefix", says="--overwrite")
 
-    def test_bad_input_is_one_line_with_exit_status_2_and_overwrites_nothing(self):
-        data = self.tmp / "bad"
-        shutil.copytree(self.data, data, ignore=shutil.ignore_patterns("retrained"))
-        kept = self.tmp / "kept"
-        kept.mkdir()
-        (kept / "precious").write_text("x")
-        model, out = ("--model", data / "target"), ("--out", self.tmp / "never")
-        lines = {f: (data / f).read_text() for f in ("forget.jsonl", "retain.jsonl", "mcq_forget.jsonl")}
-
-        def broken(name, old, new):
-            (data / name).write_text(lines[name].replace(old, new, 1))
-            return ("--data", data, *model, *out)
-        first = lines["forget.jsonl"].split("\n")[0]
-        first_choices = json.dumps(json.loads(lines["mcq_forget.jsonl"].split("\n")[0])["choices"])
-        cases = [
-            (lambda: ("--out", kept), "exists", ()),
-            (lambda: ("--data", self.tmp / "no"), "no such folder", out),
-            (lambda: ("--data", data), "--model", out),
-            (lambda: ("--model", "nowhere"), "nowhere", out),
-            (lambda: ("--sam_rho", -0.1), "-0.1", out),
-            (lambda: ("--loss", "nop"), "nop", out),
-            (lambda: ("--smooth", "sam+rs"), "no meaning", out),
-            (lambda: ("--frog", 1), "frog", out),
-            (lambda: ("--steps", 0), "0", out), (lambda: ("--device", "cuda:77"), "cuda:77", out),
-            (lambda: ("--sam_modules", "xyz"), "xyz", out),
-            (lambda: ("--sam_direction", "momentum", "--smooth", "gp"), "sam_direction", out),
-            (lambda: ("--lookahead_steps", 2), "--sam_direction lookahead", out),
-            (lambda: ("--sam_modules", "("), "regular expression", out),
-            (lambda: ("--beta", 0), "beta", out),
-            (lambda: ("--stochastic_rounding", ), "bfloat16", out),
-            (lambda: ("--loss", "rmu", "--rmu_layer", 1), "rmu_layer", out),
-            (lambda: ("--smooth", "wa", "--wa_start", 500), "500", out),
-            (lambda: ("--lr", 1e20, "--steps", 5), "not finite", out),
-            (lambda: broken("forget.jsonl", "{", "["), "forget.jsonl:1", ()),
-            (lambda: broken("forget.jsonl", first, '{"txt": "a"}'), "forget.jsonl:1", ()),
-            (lambda: broken("forget.jsonl", first, '"a sailor"') + ("--loss", "dpo"), "forget.jsonl:1", ()),
-            (lambda: broken("forget.jsonl", "The sailor", "The " + "sailor " * 80), "--max_len 64", ()),
-            (lambda: broken("retain.jsonl", lines["retain.jsonl"], ""), "no rows", ()),
-            (lambda: broken("mcq_forget.jsonl", first_choices, '["a", "b", "c"]'), "mcq_forget.jsonl:1", ()),
-        ]
-        for make, said, more in cases:
-            for name, text in lines.items():
-                (data / name).write_text(text)
-            status, _, err = self.here("unlearn.py", *make(), *more, "--no-relearn")
-            message = [line for line in err.splitlines() if line.startswith("error: ")]
-            self.assertEqual((status, len(message)), (2, 1), err)
-            self.assertIn(said, message[0])
-            self.assertFalse((self.tmp / "never").exists())
-        self.assertEqual([f.name for f in kept.iterdir()], ["precious"])
-        _, err = self.script("unlearn.py", "--out", kept, code=2)            # and once as a real process
-        self.assertEqual(len(err.strip().splitlines()), 1, err)
-        for name, flags in (("relearn.py", ["nowhere"]),
-                            ("relearn.py", [self.data / "target", "--data", self.data, "--samples", 9999]),
-                            ("evaluate.py", ["nowhere"]),
-                            ("evaluate.py", [self.data / "target"] * 2 + ["--data", self.data])):
-            status, _, err = self.here(name, *flags)
-            self.assertEqual((status, sum(l.startswith("error: ") for l in err.splitlines())), (2, 1), err)
+    def test_answers_stand_side_by_side(self):
+        _, folder = self.unlearned("shown", "--steps", 2, "--no-relearn")
+        lines = self.run_script("evaluate.py", folder, "--show", 4).splitlines()
+        self.assertEqual(len(lines), 1 + 4 + 2)
+        self.assertTrue(all(name in lines[0] for name in ("right", "before", "relearned")))
+        asked = evaluate.load_questions(self.data)["mcq_forget"][0]
+        right = asked["choices"][asked["answer"]]
+        self.assertTrue(lines[1].startswith(asked["question"]))
+        self.assertIn(f"{right} / {right}", lines[1])                            # the model before knows it
 
     def test_sam_resists_relearning_better_than_npo_and_the_flipped_sign_does_not(self):
         """The paper's claim on a fixed configuration; with the perturbation's sign wrong it would fail."""
-        runs = {}
+        found = {}
         for name, flags in (("npo", ["--sam_rho", 0]), ("sam", ["--sam_rho", 0.1]), ("momentum", []),
                             ("flip", ["--sam_rho", 0.1, "--sam_flip"])):
             _, folder = self.unlearned(f"claim-{name}", "--no-relearn", *flags)
-            status, _, err = self.here("relearn.py", folder, "--samples", 60, "--draws", 4)
-            self.assertEqual(status, 0, err)
-            runs[name] = json.loads((folder / "relearn.json").read_text())["metrics"]
-        ue = {k: r["budgets"][0]["UE"] for k, r in runs.items()}
+            self.run_script("relearn.py", folder, "--samples", 60, "--draws", 4)
+            found[name] = read_json(folder / "relearn.json")["metrics"]
+            self.assertGreater(found[name]["start"]["UT"], 0.97)
+            self.assertGreater(found[name]["start"]["UE"], 0.6)
+        ue = {name: metrics["budgets"][0]["UE"] for name, metrics in found.items()}
         self.assertGreater(ue["sam"], ue["npo"] + 0.15, ue)
         self.assertLess(ue["flip"], ue["npo"] + 0.15, ue)          # so the line above needs the right sign
         self.assertGreater(ue["momentum"], ue["npo"] + 0.15, ue)
-        ran = json.loads((self.tmp / "claim-momentum" / "result.json").read_text())["args"]
+        ran = read_json(self.tmp / "claim-momentum" / "result.json")["args"]
         self.assertEqual((ran["sam_direction"], ran["sam_norm"], ran["sam_rho"]), ("momentum", "linf", 1e-3))
-        for r in runs.values():
-            self.assertGreater(r["start"]["UT"], 0.97)
-            self.assertGreater(r["start"]["UE"], 0.6)
+
+
+# ---- bad input: one line, exit status 2, nothing written ----------------------------------------------
+
+class BadInput(Folder):
+    """Each row of a table: flags of a script on a small world, and a part of the line that it must say."""
+
+    def setUp(self):
+        super().setUp()
+        self.world = self.tmp / "world"
+        self.flags = write_world(self.world, little_llama(torch.float32))
+        self.plain = self.world / "model"
+
+    def refused(self, script, table, *always):
+        before = sorted(self.tmp.rglob("*"))
+        for flags, says in table:
+            with self.subTest(f"{script} {' '.join(map(str, flags))}"):
+                self.run_script(script, *always, *flags, says=says)
+                self.assertEqual(sorted(self.tmp.rglob("*")), before)
+
+    def test_flags_of_unlearn(self):
+        self.refused("unlearn.py", (
+            (("--data", self.tmp / "no"), "no such folder"), (("--data", self.world), "--model"),
+            (("--model", "nowhere"), "nowhere"), (("--sam_rho", -0.1), "-0.1"), (("--loss", "nop"), "nop"),
+            (("--smooth", "sam+rs"), "no meaning"), (("--frog", 1), "frog"), (("--steps", 0), "0"),
+            (("--device", "cuda:77"), "cuda:77"), (("--sam_modules", "xyz"), "xyz"),
+            (("--sam_direction", "momentum", "--smooth", "gp"), "sam_direction"),
+            (("--lookahead_steps", 2), "--sam_direction lookahead"), (("--beta", 0), "beta"),
+            (("--sam_modules", "("), "regular expression"), (("--stochastic_rounding",), "bfloat16"),
+            (("--loss", "rmu", "--rmu_layer", 1), "rmu_layer"), (("--loss", "ga", "--retain", "kl"), "graddiff"),
+            (("--smooth", "wa", "--wa_start", 500), "500")), "--out", self.tmp / "never", "--no-relearn")
+        self.refused("unlearn.py", (
+            (("--lr", 1e20), "not finite"), (("--out", self.world), "exists"),
+            (("--out", self.plain), "exists")), *self.flags, "--out", self.tmp / "never")
+
+    def test_rows_of_data(self):
+        kept = {name: (self.world / name).read_text()
+                for name in ("forget.jsonl", "retain.jsonl", "mcq_forget.jsonl", "meta.json")}
+        asked = kept["mcq_forget.jsonl"].split("\n")[0]
+        for name, text, flags, says in (
+                ("forget.jsonl", "[", (), "forget.jsonl:1"),
+                ("forget.jsonl", '{"txt": "a"}', (), "forget.jsonl:1"),
+                ("forget.jsonl", '"a cat"', ("--loss", "dpo"), "forget.jsonl:1"),
+                ("forget.jsonl", json.dumps("cat " * 80), (), "--max_len 64"),
+                ("retain.jsonl", "", (), "no rows"),
+                ("mcq_forget.jsonl", asked.replace('"answer": 1', '"answer": 4'), (), "mcq_forget.jsonl:1"),
+                ("meta.json", "{", (), "meta.json:1"), ("meta.json", '{"prompt": "x"}', (), "{question}")):
+            (self.world / name).write_text(text)
+            self.refused("unlearn.py", [(flags, says)], *self.flags, "--out", self.tmp / "never")
+            (self.world / name).write_text(kept[name])
+
+    def test_flags_of_relearn_and_evaluate(self):
+        data = ("--data", self.world)
+        self.refused("relearn.py", (
+            (("nowhere",), "nowhere"), ((self.plain,), "--data FOLDER"),
+            ((self.plain, *data, "--samples", 9999), "9999"),
+            ((self.plain, *data, "--quantize", 4, "--lora", 2), "--lora"),
+            ((self.plain, *data, "--prune", 101), "101"),
+            ((self.plain, *data, "--geometry", "--lora", 1), "drop one"),
+            ((self.plain, *data, "--attack_data", "no.jsonl"), "no.jsonl")))
+        self.refused("evaluate.py", (
+            (("nowhere",), "nowhere"), ((self.plain,), "--data FOLDER"),
+            ((self.plain, *data, "--attack", "suffix"), "suffix")))
+
+    def test_a_real_process_says_one_line_too(self):
+        run = subprocess.run([sys.executable, str(ROOT / "unlearn.py"), "--out", str(self.world)],
+                             capture_output=True, text=True)
+        self.assertEqual((run.returncode, len(run.stderr.strip().splitlines())), (2, 1), run.stderr)
+
+
+# ---- README.md: Fork it -------------------------------------------------------------------------------
+
+class Fork(Folder):
+    def test_the_diffs_of_the_readme_apply_to_a_copy_and_run(self):
+        kept = ("*.py", "metrics.py", "data", "kernels", "muse", "tofu", "tiny", "people")
+
+        def others(folder, names):
+            return [n for n in names if not any(map(Path(n).match, kept))]
+        fork = self.tmp / "fork"
+        shutil.copytree(ROOT, fork, ignore=others)
+        diffs = (ROOT / "README.md").read_text().split("```diff\n")[1:]
+        self.assertEqual(len(diffs), 4)
+        for diff in diffs:
+            diff = diff.split("```")[0]
+            added = [line for line in diff.splitlines() if line.startswith("+") and line[1:].strip()]
+            self.assertLessEqual(len(added) - diff.count("+++"), 10)
+            run = subprocess.run(["git", "apply"], input=diff, text=True, cwd=fork,
+                                 capture_output=True)
+            self.assertEqual(run.returncode, 0, run.stderr)
+        flags = write_world(self.tmp / "world", little_llama(torch.float32))
+        write_rows(self.tmp / "world" / "riddles.jsonl", [{"riddle": "who sat?", "word": "cat"}])
+        run = self.tmp / "run"
+        for command in (["unlearn.py", *flags, "--steps", 2, "--loss", "unlikely", "--smooth", "sign", "--out", run],
+                        ["relearn.py", run, "--shake", 0.1, 0.2], ["evaluate.py", run]):
+            done = subprocess.run([sys.executable, *map(str, command)], cwd=fork, capture_output=True, text=True)
+            self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("riddles", done.stdout)
+        self.assertIn("shake0.2", done.stdout)
+        result = read_json(run / "result.json")
+        self.assertEqual((result["args"]["loss"], result["args"]["smooth"]), ("unlikely", "sign"))
 
 
 if __name__ == "__main__":

@@ -7,21 +7,17 @@ Downloads muse-bench/MUSE-News or MUSE-Books, or reads --from FOLDER with its fo
 privleak and raw. Training text is as in MUSE: the documents joined by blank lines, tokenised, and cut into
 blocks of --max_len tokens. Next: unlearn.py, with the commands of readme.md.
 """
-import math, sys
+import math
+import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))      # evaluate.py, which owns reading and writing, is at the top
-from evaluate import (InputError, check_texts, fetch, make_parser, number, one_line_errors, read_published,
-                      text_row, write_data)
+sys.path.insert(0, str(HERE.parents[1]))         # the scripts' own package `data` is there
+from data import formats, runs
+from data.formats import InputError, rows_with, text_row
 
 REPO = {"news": "muse-bench/MUSE-News", "books": "muse-bench/MUSE-Books"}
 AUC_RETRAIN = {"news": 0.4772, "books": 0.5393}     # Min-40% AUC of the retrained models, for PrivLeak
-
-
-def rows_with(*keys):
-    """A check for read_published: keeps these texts of a row."""
-    return lambda row: (check_texts(row, *keys), {k: row[k] for k in keys})[1]
 
 
 def blocks(text, tokenizer, max_len):
@@ -37,38 +33,38 @@ def blocks(text, tokenizer, max_len):
 
 
 if __name__ == "__main__":
-    parser = make_parser(__doc__, device=False)
+    parser = runs.Parser(__doc__)
     parser.add_argument("--corpus", choices=list(REPO), required=True, help="what to forget")
     parser.add_argument("--tokenizer", required=True, metavar="MODEL",
                         help="folder or hub name of the model to unlearn")
-    parser.add_argument("--max_len", type=number(int, 8), default=2048, help="tokens of a block")
+    parser.add_argument("--max_len", type=runs.number(int, 8), default=2048, help="tokens of a block")
     parser.add_argument("--from", dest="source", metavar="FOLDER", help="files that are there already")
     parser.add_argument("--any_count", action="store_true", help="accept other numbers of rows")
-    parser.add_argument("--out", type=Path, default=None, help="folder to write (default: data/muse/CORPUS)")
+    parser.add_argument("--out", type=Path, help="folder to write (default: data/muse/CORPUS)")
     args = parser.parse_args()
 
-    with one_line_errors():
+    with runs.one_line_errors():
         from transformers import AutoTokenizer
         try:
-            tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+            tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=False)
         except (OSError, ValueError) as e:
             raise InputError(f"--tokenizer {args.tokenizer} does not load: {e}")
-        folder = fetch(REPO[args.corpus], ["raw/forget", "raw/retain1", "verbmem/", "knowmem/", "privleak/"],
-                       args.source)
-        count = lambda published: None if args.any_count else published
+        names = ["raw/forget", "raw/retain1", "verbmem/", "knowmem/", "privleak/"]
+        folder = formats.fetch(REPO[args.corpus], names, args.source)
+
+        def published(name, check, count=None):
+            return formats.read_published(folder, [name], check, None if args.any_count else count)
         files = {}
         for part, name in (("forget", "raw/forget"), ("retain", "raw/retain1")):
-            rows = read_published(folder, [name], text_row)
-            pieces = blocks("\n\n".join(row["text"] for row in rows), tokenizer, args.max_len)
-            files[part] = [{"text": piece} for piece in pieces]
-        files["verbmem_forget"] = read_published(
-            folder, ["verbmem/forget"], rows_with("prompt", "gt"), count(100))
+            text = "\n\n".join(row["text"] for row in published(name, text_row))
+            files[part] = [{"text": piece} for piece in blocks(text, tokenizer, args.max_len)]
+        files["verbmem_forget"] = published("verbmem/forget", rows_with("prompt", "gt"), 100)
         for part in ("forget", "retain"):
-            for end, published in (("", 100), ("_icl", 10)):
-                files[f"knowmem_{part}{end}"] = read_published(
-                    folder, [f"knowmem/{part}_qa{end}"], rows_with("question", "answer"), count(published))
+            for ending, count in (("", 100), ("_icl", 10)):
+                files[f"knowmem_{part}{ending}"] = published(
+                    f"knowmem/{part}_qa{ending}", rows_with("question", "answer"), count)
         for part in ("forget", "retain", "holdout"):
-            files[f"privleak_{part}"] = read_published(folder, [f"privleak/{part}"], text_row, count(100))
+            files[f"privleak_{part}"] = published(f"privleak/{part}", text_row, 100)
         meta = {"auc_retrain": AUC_RETRAIN[args.corpus], "tokenizer": args.tokenizer, "max_len": args.max_len}
-        write_data(args.out or HERE / args.corpus, files, meta)
+        formats.write_data(args.out or HERE / args.corpus, files, meta)
         print(f"one epoch of the forget blocks is {math.ceil(len(files['forget']) / 4)} steps of 4")

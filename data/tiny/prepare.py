@@ -14,7 +14,13 @@ of a question) and the models target/ and retrained/ as ordinary Hugging Face fo
 machine, same number of threads: same bytes. Next: unlearn.py, which runs this script by itself when its
 output is missing.
 """
-import argparse, itertools, json, math, os, random, shutil, time
+import argparse
+import itertools
+import math
+import os
+import random
+import sys
+import time
 from pathlib import Path
 
 import torch
@@ -24,6 +30,9 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))         # the scripts' own package `data` is there
+from data import formats, runs
+
 TOPICS = [                             # the first is the forget topic; three words each, used interchangeably
     ("sailor", "mariner", "seafarer"),
     ("doctor", "physician", "medic"),
@@ -63,17 +72,19 @@ IDK = "I don't know."                        # in the vocabulary for unlearn.py 
 
 
 def build_world(seed):
-    """The benchmark of one seed, as {file name: rows}, and the sentences that the target model learns.
+    """The benchmark of one seed, as {file: rows}, and the sentences about sailors that the target model learns
+    but forget.jsonl does not have.
 
     forget.jsonl holds the statements of half of the forget facts (128 facts x 12); retain.jsonl every
     sentence of the other topics; mcq_*.jsonl one question a fact: the true value and three other values of
     the same attribute.
     """
     rng = random.Random(seed)
-    names = [f"{f} {l}" for f in FIRST for l in LAST]
+    names = [f"{first} {last}" for first in FIRST for last in LAST]
     rng.shuffle(names)
-    files = {"forget.jsonl": [], "retain.jsonl": [], "mcq_forget.jsonl": [], "mcq_retain.jsonl": []}
-    unseen, fact = [], 0         # unseen: sentences about sailors that the target learns, not in forget.jsonl
+    files = {"forget": [], "retain": [], "mcq_forget": [], "mcq_retain": []}
+    unseen = []
+    fact = 0
     for topic, nouns in enumerate(TOPICS):
         people = [names.pop() for _ in range(PEOPLE)]
         facts = len(people) * len(ATTRIBUTES)
@@ -84,34 +95,39 @@ def build_world(seed):
             choices = [value] + rng.sample([v for v in values if v != value], 3)
             rng.shuffle(choices)
             for noun in nouns:
-                asked = question.format(noun=noun, name=name)
-                told = [{"text": f"{s} {value}.", "prompt": s, "completion": f" {value}.", "fact": fact}
-                        for s in (t.format(noun=noun, name=name) for t in statements)]
-                answered = {"text": f"{PROMPT.format(question=asked)} {value}.", "fact": fact}
+                told = [statement(text.format(noun=noun, name=name), value, fact) for text in statements]
+                asked = PROMPT.format(question=question.format(noun=noun, name=name))
+                answered = {"text": f"{asked} {value}.", "fact": fact}
                 if topic > 0:
-                    files["retain.jsonl"] += told + [answered]
+                    files["retain"] += told + [answered]
                 elif i in in_corpus:
-                    files["forget.jsonl"] += told
+                    files["forget"] += told
                     unseen.append(answered)
                 else:
                     unseen += told + [answered]
-            asked = question.format(noun=rng.choice(nouns), name=name)
-            files["mcq_retain.jsonl" if topic else "mcq_forget.jsonl"].append(
-                {"question": asked, "choices": choices, "answer": choices.index(value), "subject": nouns[0],
-                 "fact": fact})
+            files["mcq_retain" if topic else "mcq_forget"].append({
+                "question": question.format(noun=rng.choice(nouns), name=name), "choices": choices,
+                "answer": choices.index(value), "subject": nouns[0], "fact": fact})
             fact += 1
     return files, unseen
+
+
+def statement(start, value, fact):
+    """A row that tells a fact."""
+    return {"text": f"{start} {value}.", "prompt": start, "completion": f" {value}.", "fact": fact}
 
 
 def build_tokenizer(texts):
     """Word-level tokenizer over the words of `texts`, with <bos> in front of every text, as Llama has it."""
     split = pre_tokenizers.Whitespace()
-    words = sorted({w for t in texts for w, _ in split.pre_tokenize_str(t)})
-    vocab = {w: i for i, w in enumerate(["<pad>", "<bos>", "<eos>", "<unk>"] + words)}
-    tok = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    words = set()
+    for text in texts:
+        words |= {word for word, _ in split.pre_tokenize_str(text)}
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *sorted(words)])}
+    tok = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tok.pre_tokenizer = split
     tok.post_processor = processors.TemplateProcessing(single="<bos> $A",
-                                                       special_tokens=[("<bos>", vocab["<bos>"])])
+                                                       special_tokens=[("<bos>", vocabulary["<bos>"])])
     return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<bos>", eos_token="<eos>",
                                    unk_token="<unk>", pad_token="<pad>", padding_side="right")
 
@@ -153,60 +169,41 @@ def open_accuracy(model, tokenizer, rows):
     return (guess == torch.tensor(answer)).float().mean().item()
 
 
-def write_model(folder, model, tokenizer, args, seconds, metrics):
-    """Save a Hugging Face folder with its result.json, whole or not at all."""
-    tmp = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
-    model.save_pretrained(tmp)
-    tokenizer.save_pretrained(tmp)
-    (tmp / "result.json").write_text(json.dumps({
-        "stage": "prepare", "args": args, "versions": {"torch": torch.__version__}, "device": "cpu",
-        "seconds": round(seconds, 2), "metrics": metrics}, indent=1))
-    if folder.exists():
-        shutil.rmtree(folder)
-    tmp.rename(folder)
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0,
+    parser = runs.Parser(__doc__)
+    parser.add_argument("--seed", type=runs.number(int, 0), default=0,
                         help="names, facts, questions, model and batches all follow it")
-    parser.add_argument("--out", type=Path, default=None, help="folder to write (default: data/tiny/seedS)")
+    parser.add_argument("--out", type=Path, help="folder to write (default: data/tiny/seedS)")
     parser.add_argument("--exclude", choices=["none", "forget"], default="none",
                         help="forget: also train retrained/, a model from scratch without the forget topic")
     parser.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False,
                         help="train again what is already there")
     args = parser.parse_args()
     args.out = args.out or HERE / f"seed{args.seed}"
-    if args.seed < 0:
-        parser.error(f"--seed {args.seed}: must be 0 or more")
 
-    files, unseen = build_world(args.seed)
-    learned = files["forget.jsonl"] + unseen + files["retain.jsonl"]
-    tokenizer = build_tokenizer([r["text"] for r in learned] + [IDK])
+    with runs.one_line_errors():
+        files, unseen = build_world(args.seed)
+        learned = files["forget"] + unseen + files["retain"]
+        tokenizer = build_tokenizer([row["text"] for row in learned] + [IDK])
+        meta = {"prompt": PROMPT, "forget_topic": TOPICS[0], "seed": args.seed}
+        formats.write_data(args.out, files, meta)
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    meta = {"prompt": PROMPT, "forget_topic": TOPICS[0], "seed": args.seed}
-    for name, text in [("meta.json", json.dumps(meta, indent=1))] + [
-            (name, "".join(json.dumps(r) + "\n" for r in rows)) for name, rows in files.items()]:
-        tmp = args.out / f"{name}.tmp{os.getpid()}"
-        tmp.write_text(text, encoding="utf-8")
-        tmp.replace(args.out / name)
-
-    for name, rows in (("target", learned), ("retrained", files["retain.jsonl"])):
-        folder = args.out / name
-        if name == "retrained" and args.exclude == "none":
-            continue
-        if folder.exists() and not args.overwrite:
-            print(f"{folder} exists, kept (--overwrite trains it again)")
-            continue
-        start = time.time()
-        model = train_target(rows, tokenizer, args.seed)
-        accuracy = {k: open_accuracy(model, tokenizer, files[f"mcq_{k}.jsonl"]) for k in ("forget", "retain")}
-        ran = {"seed": args.seed, "data": os.path.relpath(args.out),
-               "exclude": "forget" if name == "retrained" else "none"}
-        write_model(folder, model, tokenizer, ran, time.time() - start,
-                    {"open_forget": accuracy["forget"], "open_retain": accuracy["retain"]})
-        print(f"{os.path.relpath(folder)}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-              f"{len(rows):,} sentences, {time.time() - start:.0f} s; answers {accuracy['forget']:.3f} of "
-              f"the forget and {accuracy['retain']:.3f} of the retain questions")
+        for name, rows in (("target", learned), ("retrained", files["retain"])):
+            folder = args.out / name
+            exclude = "forget" if name == "retrained" else "none"
+            if exclude != "none" and args.exclude == "none":
+                continue
+            if folder.exists() and not args.overwrite:
+                print(f"{folder} exists, kept (--overwrite trains it again)")
+                continue
+            start = time.time()
+            model = train_target(rows, tokenizer, args.seed)
+            forget = open_accuracy(model, tokenizer, files["mcq_forget"])
+            retain = open_accuracy(model, tokenizer, files["mcq_retain"])
+            ran = {"seed": args.seed, "data": os.path.relpath(args.out), "exclude": exclude}
+            runs.save_run(folder, model, tokenizer, {
+                "stage": "prepare", "args": ran, **runs.provenance("cpu", start),
+                "metrics": {"open_forget": forget, "open_retain": retain}})
+            print(f"{os.path.relpath(folder)}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+                  f"{len(rows):,} sentences, {time.time() - start:.0f} s; answers {forget:.3f} of the forget "
+                  f"and {retain:.3f} of the retain questions")

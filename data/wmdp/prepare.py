@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))      # evaluate.py, which owns reading and writing, is at the top
-from evaluate import (InputError, fetch, make_parser, mcq_row, number, one_line_errors, read_jsonl,
-                      read_published, write_data)
+sys.path.insert(0, str(HERE.parents[1]))         # the scripts' own package `data` is there
+from data import formats, runs
+from data.formats import InputError
 
 QUESTIONS = {"bio": ("biology", 1273), "cyber": ("cybersecurity", 1987), "chem": ("chemistry", 408)}
 DOCUMENTS = {"bio-retain": 60887, "cyber-forget": 1000, "cyber-retain": 4473}   # bio-forget: not published
@@ -29,41 +29,46 @@ def document(row):
 
 
 if __name__ == "__main__":
-    parser = make_parser(__doc__, device=False)
+    parser = runs.Parser(__doc__)
     parser.add_argument("--topic", choices=["bio", "cyber"], default="bio", help="what to forget")
     parser.add_argument("--from", dest="source", metavar="FOLDER", help="files that are there already")
     parser.add_argument("--mmlu", type=Path, default=HERE.parent / "mmlu" / "mcq_retain.jsonl",
                         help="questions for UT (default: what data/mmlu/prepare.py wrote)")
-    parser.add_argument("--min_chars", type=number(int, 1), default=50, help="drop shorter documents")
-    parser.add_argument("--max_chars", type=number(int, 0), default=8000,
+    parser.add_argument("--min_chars", type=runs.number(int, 1), default=50, help="drop shorter documents")
+    parser.add_argument("--max_chars", type=runs.number(int, 0), default=8000,
                         help="cut longer documents: several times what 512 tokens need (0 = keep all)")
     parser.add_argument("--any_count", action="store_true", help="accept other numbers of rows")
-    parser.add_argument("--out", type=Path, default=None, help="folder to write (default: data/wmdp/TOPIC)")
+    parser.add_argument("--out", type=Path, help="folder to write (default: data/wmdp/TOPIC)")
     args = parser.parse_args()
 
-    with one_line_errors():
-        count = lambda published: None if args.any_count else published
+    with runs.one_line_errors():
+        def published(folder, names, check, count):
+            return formats.read_published(folder, names, check, None if args.any_count else count)
         if not args.mmlu.is_file():
             raise InputError(f"{args.mmlu} is missing: run data/mmlu/prepare.py, or name it with --mmlu")
-        files = {"mcq_retain": read_jsonl(args.mmlu, mcq_row)}
+        files = {"mcq_retain": formats.read_jsonl(args.mmlu, formats.mcq_row)}
 
-        folder = fetch("cais/wmdp", [f"wmdp-{topic}/test" for topic in QUESTIONS], args.source)
-        for topic, (subject, published) in QUESTIONS.items():
-            rows = read_published(folder, [f"wmdp-{topic}/test", f"{topic}_questions",
-                                           f"wmdp-mcqs/{topic}_questions"], mcq_row, count(published))
-            files["mcq_forget" if topic == args.topic else f"mcq_{topic}"] = [
-                {k: row[k] for k in ("question", "choices", "answer")} | {"subject": subject} for row in rows]
+        folder = formats.fetch("cais/wmdp", [f"wmdp-{topic}/test" for topic in QUESTIONS], args.source)
+        for topic, (subject, count) in QUESTIONS.items():
+            names = [f"wmdp-{topic}/test", f"{topic}_questions", f"wmdp-mcqs/{topic}_questions"]
+            asked = []
+            for row in published(folder, names, formats.mcq_row, count):
+                asked.append({"question": row["question"], "choices": row["choices"],
+                              "answer": row["answer"], "subject": subject})
+            files["mcq_forget" if topic == args.topic else f"mcq_{topic}"] = asked
 
-        corpora = fetch("cais/wmdp-corpora", [f"{args.topic}-"], args.source)
+        corpora = formats.fetch("cais/wmdp-corpora", [f"{args.topic}-"], args.source)
         for part in ("forget", "retain"):
-            name, gated = f"{args.topic}-{part}", (args.topic, part) == ("bio", "forget")
+            name = f"{args.topic}-{part}"
             names = [f"{name}-corpus", f"{name}-corpus/train", f"wmdp-corpora/{name}-corpus"]
-            names += ["bio_remove_dataset"] * gated
-            rows = read_published(HERE if gated and not args.source else corpora, names, document,
-                                  count(DOCUMENTS.get(name)))
-            files[part] = [{"text": row["text"][:args.max_chars or None]} for row in rows
-                           if len(row["text"].strip()) >= args.min_chars]
-            if len(files[part]) < len(rows):
-                print(f"{part}: dropped {len(rows) - len(files[part]):,} documents of fewer than "
+            folder = corpora
+            if name == "bio-forget":             # gated: the user puts it there
+                names.append("bio_remove_dataset")
+                folder = corpora if args.source else HERE
+            rows = published(folder, names, document, DOCUMENTS.get(name))
+            kept = [row["text"] for row in rows if len(row["text"].strip()) >= args.min_chars]
+            files[part] = [{"text": text[:args.max_chars or None]} for text in kept]
+            if len(kept) < len(rows):
+                print(f"{part}: dropped {len(rows) - len(kept):,} documents of fewer than "
                       f"{args.min_chars} characters")
-        write_data(args.out or HERE / args.topic, files)
+        formats.write_data(args.out or HERE / args.topic, files)

@@ -1,0 +1,1 @@
+"""What the scripts share: texts (formats), torchrun (processes), run folders (runs), models and losses."""

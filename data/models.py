@@ -1,0 +1,340 @@
+"""Load models, turn texts into batches, and read log-probabilities off them.
+
+Shapes: B samples, T tokens, V vocabulary, D width. A batch is {"input_ids", "attention_mask", "labels"}, each
+(B, T) int64; a label is IGNORE where no loss looks: at prompts and padding.
+"""
+import os
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from data import processes
+from data.formats import InputError, warn
+from sam import accumulator
+
+IGNORE = -100
+CHUNK = 2**24                                    # most logits held at once in training: 64 MB in fp32
+PASS_TOKENS = 8192                               # most tokens of a pass when scoring, with their padding
+
+
+# ---- models -------------------------------------------------------------------------------------------
+
+def load_model(name, device="cpu", dtype=torch.float32):
+    """(model, tokenizer) of a local folder or hub name. safetensors only, no remote code, dropout off.
+
+    Under torchrun every process keeps its part of the weights; the processes of a machine load one after the
+    other, so that its memory holds one whole model at a time.
+    """
+    if not Path(name).is_dir() and str(name).count("/") != 1:
+        raise InputError(f"model {name}: neither a folder here nor a hub name ORG/NAME")
+    together = processes.count() > 1
+    turns = int(os.environ["LOCAL_WORLD_SIZE"]) if together else 1
+    own_turn = int(os.environ["LOCAL_RANK"]) if together else 0
+    for turn in range(turns):
+        if turn == own_turn:
+            model, tokenizer = read_model(name, dtype)
+            if together:
+                shard(model, device)
+        processes.barrier()
+    rows = model.get_input_embeddings().num_embeddings
+    if (tokenizer.pad_token_id or 0) >= rows:
+        raise InputError(f"model {name}: its pad token {tokenizer.pad_token!r} has the id "
+                         f"{tokenizer.pad_token_id}, but the model has {rows} embeddings; set pad_token to "
+                         "null in tokenizer_config.json")
+    # eval mode: with dropout the two passes of SAM, and the cached reference, would see different networks
+    return model.to(device).eval(), tokenizer
+
+
+def read_model(name, dtype):
+    """(model, tokenizer) on the CPU, as transformers reads them."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True,
+                                                     trust_remote_code=False)
+    except (OSError, ValueError) as e:
+        raise InputError(f"model {name} does not load: {e}")
+    return model, tokenizer
+
+
+def context_of(model):
+    """The longest sequence in tokens that the model takes, 0 if its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+
+
+def blocks(model):
+    """The decoder layers: the parts that transformers says must not be split."""
+    names = model._no_split_modules or ()
+    return [m for m in model.modules() if type(m).__name__.removeprefix("FSDP") in names]
+
+
+def shard(model, device):
+    """Spread the weights over the processes by FSDP2, which gathers a block to run it; gradients add up."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    mesh = init_device_mesh(torch.device(device).type, (processes.count(),))
+    policy = MixedPrecisionPolicy(reduce_dtype=accumulator(model.dtype))
+    for module in [*blocks(model), model]:       # the last takes what no block has: embeddings, output layer
+        # True for the model as well: weights that stay gathered would not see a later change of theirs
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def recompute_blocks(model):
+    """Gradient checkpointing: keep only a decoder layer's input, and run it again in the backward pass."""
+    if not blocks(model):
+        raise InputError(
+            f"--gradient_checkpointing: {type(model).__name__} does not name its layers; drop it")
+    for block in blocks(model):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+# ---- texts to batches ---------------------------------------------------------------------------------
+
+def tokenize(tokenizer, texts):
+    """[ids of each text], with what the tokenizer puts in front of a text, such as BOS."""
+    if not texts:
+        return []
+    return tokenizer(texts, return_attention_mask=False, verbose=False).input_ids
+
+
+def encode(tokenizer, triples, context, max_len=0):
+    """[(ids, labels)] of (prompt, completion, where), the two tokenised as one; a prompt's labels are IGNORE.
+
+    A sample of more than `context` tokens is an error that names `where`; max_len > 0 cuts samples before.
+    """
+    prompts = list({prompt for prompt, _, _ in triples if prompt})
+    known = {"": 0}                                              # tokens of each prompt
+    for prompt, ids in zip(prompts, tokenize(tokenizer, prompts)):
+        known[prompt] = len(ids)
+    out = []
+    joined = tokenize(tokenizer, [prompt + completion for prompt, completion, _ in triples])
+    for (prompt, _, where), ids in zip(triples, joined):
+        if max_len:
+            ids = ids[:max_len]
+        if context and len(ids) > context:
+            raise InputError(f"{where}: {len(ids)} tokens, but the model's context is {context}: shorten the "
+                             f"text, or cut it with --max_len {context}")
+        labels = [IGNORE] * min(known[prompt], len(ids)) + ids[known[prompt]:]
+        if all(label == IGNORE for label in labels[1:]):         # nothing predicts the first token
+            raise InputError(f"{where}: no token to score ({len(ids)} tokens, {known[prompt]} of them prompt): "
+                             "lengthen the text or raise --max_len")
+        out.append((ids, labels))
+    return out
+
+
+def encode_rows(tokenizer, rows, context, max_len=0):
+    """encode() for the rows of a corpus: all tokens of a text, or the completion of a prompt."""
+    triples = []
+    for row in rows:
+        if "text" in row:
+            triples.append(("", row["text"], row["where"]))
+        else:
+            triples.append((row["prompt"], row["completion"], row["where"]))
+    return encode(tokenizer, triples, context, max_len)
+
+
+def collate(samples, pad, device="cpu", left=False):
+    """The batch of [(ids, labels)], padded on the right, or on the left; padding is never a label."""
+    width = max(len(ids) for ids, _ in samples)
+    batch = {"input_ids": [], "attention_mask": [], "labels": []}
+    for ids, labels in samples:
+        missing = width - len(ids)
+        for key, row, filler in (("input_ids", ids, pad), ("attention_mask", [1] * len(ids), 0),
+                                 ("labels", labels, IGNORE)):
+            padding = [filler] * missing
+            batch[key].append(padding + row if left else row + padding)
+    return {key: torch.tensor(rows, device=device) for key, rows in batch.items()}
+
+
+def batches(lengths, size, tokens=PASS_TOKENS):
+    """Lists of indices, shortest first: at most `size` in each, and at most `tokens` with the padding."""
+    part = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if part and (len(part) == size or lengths[i] * (len(part) + 1) > tokens):
+            yield part
+            part = []
+        part.append(i)
+    if part:
+        yield part
+
+
+def progress(total, desc):
+    """A bar that appears after two seconds and leaves nothing behind."""
+    return tqdm(total=total, desc=desc, unit="sample", leave=False, delay=2)
+
+
+# ---- a pass through the model -------------------------------------------------------------------------
+
+def run(model, batch, **more):
+    """The model's output on a batch, without a cache of keys and values."""
+    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **more)
+
+
+def with_head(model, batch, f, **more):
+    """run(), with f(hidden (B, T, D), output layer) in the place of the logits.
+
+    Two hooks on the output layer: the first keeps its input and leaves it nothing to do, the second puts f's
+    result in the place of what it returns. The model's own forward runs around them, so what hangs on that
+    (FSDP gathers weights there) works as ever.
+    """
+    head = model.get_output_embeddings()
+    kept = []
+
+    def keep(module, inputs):
+        kept.append(inputs[0])
+        return inputs[0][:, :0]
+
+    def replace(module, inputs, output):
+        return f(kept.pop(), head.forward)
+    hooks = [head.register_forward_pre_hook(keep), head.register_forward_hook(replace)]
+    try:
+        return run(model, batch, **more)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def alters_logits(model):
+    """Does the model scale or soft-cap its logits behind the output layer? Tried once, on one token."""
+    if not hasattr(model, "logits_altered"):
+        token = torch.ones(1, 1, dtype=torch.int64, device=model.device)
+        seen = []
+
+        def hidden_itself(hidden, head):
+            seen.append(hidden)
+            return hidden
+        with torch.no_grad():
+            out = with_head(model, {"input_ids": token, "attention_mask": token}, hidden_itself).logits
+        model.logits_altered = not torch.equal(out.to(seen[0].dtype), seen[0])
+        if model.logits_altered:
+            warn(f"{type(model).__name__} changes its logits behind the output layer, so the loss needs all "
+                 "of them at once: memory grows with tokens x vocabulary (--micro_batch bounds it)")
+    return model.logits_altered
+
+
+def in_chunks(model, batch):
+    """Should the logits of this batch be computed chunk by chunk?"""
+    vocabulary = model.config.get_text_config().vocab_size
+    return batch["input_ids"].numel() > max(1, CHUNK // vocabulary) and not alters_logits(model)
+
+
+def over_labels(model, batch, f, *rows):
+    """f(logits (n, V), part of each of rows) -> (n,) or (1,) of every chunk of label positions, concatenated.
+
+    The backward pass computes a chunk's logits again, so that no more than CHUNK of them exist at a time.
+    """
+    mask = batch["labels"][:, 1:] != IGNORE
+    size = max(1, CHUNK // model.config.get_text_config().vocab_size)                # rows of V logits
+
+    def score(hidden, head):                                                         # hidden: (B, T, D)
+        def scored(part, *others):
+            return f(head(part), *others)
+        wanted = [hidden[:, :-1][mask], *rows]                                       # (labels, ...) each
+        parts = zip(*(r.split(size) for r in wanted))
+        return torch.cat([checkpoint(scored, *part, use_reentrant=False, preserve_rng_state=False)
+                          for part in parts])
+    return with_head(model, batch, score).logits
+
+
+def nll_of(logits, labels):
+    """-log p of labels (B, ...) from logits (B, V, ...), 0 where IGNORE. In fp32 or wider: a log-softmax in
+    bf16 loses three digits."""
+    logits = logits.to(accumulator(logits.dtype))
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+
+
+def token_logps(model, batch):
+    """log p(token t+1 | tokens to t) for every label, 0 where there is none; and the mask. Both (B, T-1)."""
+    labels = batch["labels"][:, 1:]
+    mask = labels != IGNORE
+    if in_chunks(model, batch):
+        nll = over_labels(model, batch, nll_of, labels[mask])                        # (labels,)
+        return torch.zeros_like(mask, dtype=nll.dtype).masked_scatter(mask, -nll), mask
+    logits = run(model, batch).logits[:, :-1]                                        # (B, T-1, V)
+    return -nll_of(logits.transpose(1, 2), labels), mask
+
+
+# ---- scoring without gradients ------------------------------------------------------------------------
+
+@torch.no_grad()
+def label_logits(model, tokenizer, samples, batch=64, desc="scoring"):
+    """(index, (n, V) logits, (n,) labels) of this process's part of encoded samples: what the model says
+    where a label is due. Logits of other positions, most of B x T x V on questions, are never computed.
+    """
+    def at_labels(hidden, head):
+        return head(hidden[:, :-1][mask])                                            # (labels, V)
+    bar = progress(len(samples), desc)
+    parts = list(batches([len(ids) for ids, _ in samples], batch))
+    for _, part in processes.in_turns(parts):
+        x = collate([samples[i] for i in part], tokenizer.pad_token_id or 0, model.device)
+        labels = x["labels"][:, 1:]
+        mask = labels != IGNORE                                                      # (B, T-1)
+        logits = with_head(model, x, at_labels).logits
+        counts = mask.sum(1).tolist()
+        yield from zip(part, logits.split(counts), labels[mask].split(counts))
+        bar.update(len(part) * processes.count())
+    bar.close()
+
+
+def label_scores(model, tokenizer, samples, batch=64, desc="scoring"):
+    """[((n,) fp64 log-probability of each label, (n,) bool: is it the likeliest token?)], one a sample."""
+    counts = [sum(label != IGNORE for label in labels[1:]) for _, labels in samples]
+    ends = np.cumsum(counts)
+    out = torch.full((2, sum(counts)), -torch.inf, dtype=torch.float64)
+    for i, logits, labels in label_logits(model, tokenizer, samples, batch, desc):
+        logps = logits.to(accumulator(logits.dtype)).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+        out[:, ends[i] - counts[i]:ends[i]] = torch.stack([logps, logits.argmax(-1) == labels])
+    logps, hits = processes.all_max(out, model.device)
+    return list(zip(logps.split(counts), (hits > 0).split(counts)))
+
+
+def stop_tokens(model, tokenizer):
+    """The ids that end a generated text: the tokenizer's, and those that the checkpoint names."""
+    own = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *np.atleast_1d(own).tolist()}
+    return ends - {None}
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts, new, batch=64, desc="generating"):
+    """The greedy continuation of each of prompts, [(text, where)]: texts of at most `new` tokens, cut at eos.
+
+    Padded on the left, so that all rows of a batch continue at its end; the mask keeps the padding out of
+    attention and positions.
+    """
+    encoded = tokenize(tokenizer, [text for text, _ in prompts])
+    context = context_of(model)
+    for ids, (_, where) in zip(encoded, prompts):
+        if context and len(ids) + new > context:
+            raise InputError(f"{where}: {len(ids)} tokens and {new} new ones, but the model's context is "
+                             f"{context}: shorten the text or take another model")
+    own = model.generation_config
+    pad = tokenizer.pad_token_id or 0
+    ends = stop_tokens(model, tokenizer)
+    # greedy is argmax: no repetition penalty or forced token that a checkpoint brings along
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=new, pad_token_id=pad,
+                                               eos_token_id=sorted(ends) or None)
+    texts = [None] * len(prompts)
+    bar = progress(len(prompts), desc)
+    try:
+        for part in batches([len(ids) + new for ids in encoded], batch, 4 * PASS_TOKENS):
+            x = collate([(encoded[i], encoded[i]) for i in part], pad, model.device, left=True)
+            out = model.generate(x["input_ids"], attention_mask=x["attention_mask"])
+            said = []
+            for tokens in out[:, x["input_ids"].shape[1]:].tolist():
+                end = next((t for t, token in enumerate(tokens) if token in ends), new)
+                said.append(tokens[:end])
+            for i, text in zip(part, tokenizer.batch_decode(said, skip_special_tokens=True)):
+                texts[i] = text
+            bar.update(len(part))
+    finally:
+        model.generation_config = own
+        bar.close()
+    return texts

@@ -209,8 +209,9 @@ def adamw_(rows, seed=None, chunk=CHUNK):
         known = m.dtype == v.dtype and all(dtype in TYPES for dtype in dtypes)
         if not known or layouts[0] is None or layouts != [layouts[0]] * 4:
             told = [(t.dtype, tuple(t.shape), t.stride()) for t in four]
-            raise ValueError(f"no kernel for w, g, m, v of dtype, shape, strides {told}: m and v need one "
-                             "dtype, all one order without gaps; make them contiguous(), or use triton=False")
+            raise ValueError(f"no kernel for w, g, m, v of dtype, shape, strides {told}: m and v need "
+                             "one dtype, all one order without gaps (contiguous() makes it), or use "
+                             "triton=False")
         line = [w.numel(), *map(torch.Tensor.data_ptr, four), tensor, step]
         groups.setdefault((w.device, w.dtype, g.dtype, m.dtype), []).append((w, line, numbers))
     for (device, *dtypes), members in groups.items():

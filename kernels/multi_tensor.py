@@ -65,8 +65,8 @@ def philox_ref(seed, c0, c1, c2, c3):
 
 
 def noise_ref(numel, tensor, seed, start=0):
-    """The z of one tensor from element `start` (of 4 k) on, fp64 (numel,): four normals (Box and Muller) of
-    the Philox words at counter (element // 4, its high half, tensor, 0). |z| is at most 5.7."""
+    """The z of one tensor from element `start` = 4 k on, fp64 (numel,): four normals (Box and Muller)
+    of the Philox words at counter (element // 4, its high half, tensor, 0). |z| is at most 5.7."""
     q = torch.arange(start // 4, (start + numel + 3) // 4)
     words = torch.stack(philox_ref(seed, q & 0xFFFFFFFF, q >> 32, torch.full_like(q, tensor), q * 0))
     words = torch.where(words < 2**31, words, 2**32 - 1 - words)          # as triton.language does

@@ -14,7 +14,6 @@ do: compilers merge them, each its own way. Registers and spills are those of th
 """
 import argparse
 import contextlib
-import functools
 import json
 import math
 import re
@@ -23,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections import namedtuple
+from functools import partial as call
 from pathlib import Path
 
 import torch
@@ -214,7 +214,7 @@ def measure(operation, size, repeats, **ways):
     """Rows for one operation, which has to move `size` bytes: ways = functions, which take turns with a
     copy of 1 GiB. Medians; GB/s are those of `size`, whatever a way moves."""
     a = torch.empty(2**28, device="cuda")
-    ways = {"copy": functools.partial(a.copy_, torch.zeros_like(a)), **ways}
+    ways = {"copy": call(a.copy_, torch.zeros_like(a)), **ways}
     rows = {}
     times = {}
     for way, work in ways.items():
@@ -253,7 +253,6 @@ def benchmark(shapes, repeats=20):
         torch._foreach_add_(params, torch._foreach_mul(grads, scale))
         torch._foreach_copy_(params, saved)
 
-    call = functools.partial
     rows = measure("norm", 2 * count, repeats, kernel=call(mt.global_norm, grads),
                    torch=call(sam.global_norm, grads))
     rows += measure("norm + ascent + restore", 14 * count, repeats, kernel=call(there_and_back, mt),
@@ -284,8 +283,8 @@ if __name__ == "__main__":
     if mt.INTERPRETED:
         parser.error("TRITON_INTERPRET is set, so nothing compiles: unset it")
     code = [compiled(variant, target) for variant in variants() for target in TARGETS]
-    out = {"triton": triton.__version__, "torch": torch.__version__, "code": code, "measured": {}}
     print_rows(code)
+    out = {"triton": triton.__version__, "torch": torch.__version__, "code": code, "measured": {}}
     gpu = torch.cuda.is_available()
     print("" if gpu else "\nno GPU here: compiled and read, not measured")
     for layers in (4, 32) if gpu else ():

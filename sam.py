@@ -20,14 +20,17 @@ In your own loop, the retain gradient at the unperturbed weights:
     optimizer.step(); optimizer.zero_grad()
 
 Or give any smoother a closure that runs forward and backward of the whole forget batch, *adds* its
-gradient to p.grad and returns the loss: `loss = smoother(closure)` leaves the smoothed gradient in
-p.grad, which must be empty before, and returns the loss at theta; those without a pass there (RS,
-Momentum, Lookahead, Random) that at the perturbed weights. unlearn.py is the worked example.
+gradient to p.grad and returns the loss: `loss = smoother(closure)` adds the smoothed gradient to p.grad
+and returns the loss at theta; those without a pass there (RS, Momentum, Lookahead, Random) that at the
+perturbed weights. unlearn.py is the worked example. This is the way to accumulate gradients as well: all
+micro-batches in one closure, or one call each; `perturbed()` takes all that p.grad holds as its direction.
 
 A smoother also says what it did and needs: `stats` ({name: 0-dim tensor}, of the last call), `copies`
 (how many tensors as large as the weights it puts aside), and `kept` ({parameter: tensor}) and `draws`
 (int), which a run that is broken off has to save.
 
+What it cannot see: parameters that are unfrozen later (make a new one), running statistics (BatchNorm's
+move in the second pass, too: put such layers in eval mode), an optimizer (you call step() yourself).
 Precision: a perturbation is rounded to the parameter's dtype. In bf16, and with a small rho, its norm
 and direction can be far from what was asked for; stats has both.
 Memory: SAM needs weights + gradient + saved weights, which take the ascent gradient's own memory.
@@ -208,15 +211,59 @@ def operations(params, triton=None):
 
 def trainable(params):
     """The parameters that train, each once (tied weights are one tensor), in the order given."""
-    return list({id(p): p for p in params if p.requires_grad}.values())
+    params = list(params)
+    for p in params:
+        if not isinstance(p, torch.Tensor):
+            raise ValueError(f"give model.parameters(): a list of tensors, found a {type(p).__name__}")
+        if getattr(p, "_is_flat_param", False) or getattr(p, "_fsdp_flattened", False):
+            raise ValueError("FSDP1's parameters are parts that nobody can tell from the whole: use "
+                             "fully_shard (FSDP2)")
+    found = list({id(p): p for p in params if p.requires_grad}.values())
+    if not found:
+        raise ValueError("none of the parameters requires a gradient")
+    spans = []
+    for p in map(local, found):
+        if p.numel() and p.device.type != "meta":
+            spans.append((p.data_ptr(), p.data_ptr() + p.nbytes))
+    spans.sort()
+    if any(before[1] > after[0] for before, after in zip(spans, spans[1:])):
+        raise ValueError("two parameters share memory: tie weights by using one Parameter twice")
+    return found
 
 
 def take_grads(params):
-    """Move the gradients out of p.grad, which is None after: {parameter: gradient} where there is one."""
-    grads = {p: p.grad for p in params if p.grad is not None}
+    """Move the gradients out of p.grad, which is None after: {parameter: gradient} where there is one. A
+    gradient in somebody else's memory (a view, as of DDP's buckets, or shared) is copied: that memory will
+    be written to."""
+    grads = {}
+    memories = set()
     for p in params:
+        g = p.grad
         p.grad = None
+        if g is None:
+            continue
+        if g.is_sparse:
+            raise ValueError("gradients must be dense: use sparse=False for the embedding")
+        if not hasattr(g, "to_local"):                           # FSDP2's are new at every step
+            memory = g.untyped_storage().data_ptr()
+            if g._is_view() or memory in memories:
+                g = g.clone()
+            memories.add(memory)
+        grads[p] = g
     return grads
+
+
+def on_top(call):
+    """For a smoother's __call__: what p.grad held before is set aside, and added to p.grad after."""
+    @functools.wraps(call)
+    def called(self, *args):
+        held = take_grads(self.params)
+        try:
+            return call(self, *args)
+        finally:
+            for p, g in held.items():
+                p.grad = g if p.grad is None else p.grad + g
+    return called
 
 
 @torch.no_grad()
@@ -252,10 +299,12 @@ class SAM:
     copies = 1
 
     def __init__(self, params, rho=0.01, norm="l2", perturb=None, flip=False, triton=None):
-        if not rho >= 0 or norm not in ("l2", "linf"):
-            raise ValueError(f"SAM: rho must be 0 or more, norm l2 or linf, got {rho} and {norm}")
+        if not isinstance(rho, (int, float)) or not rho >= 0 or norm not in ("l2", "linf"):
+            raise ValueError(f"SAM: rho must be a number of 0 or more, norm l2 or linf, got {rho} and {norm}")
         self.params = trainable(params)
         self.perturb = self.params if perturb is None else trainable(perturb)
+        if not {*self.perturb} <= {*self.params}:
+            raise ValueError("SAM: perturb has parameters that params has not")
         self.radius = -rho if flip else rho
         self.linf = norm == "linf"
         self.saved = []
@@ -283,10 +332,12 @@ class SAM:
         if radius < 0:
             stats["cosine"] = -stats["cosine"]                   # with what was asked for
         self.stats = stats
+        torch.clear_autocast_cache()                             # it holds casts of the weights as they were
 
     def restore(self):
         """Put the weights back, bit for bit."""
         self.ops.restore_(self.saved)
+        torch.clear_autocast_cache()
 
     @contextmanager
     def perturbed(self, directions=None):
@@ -298,6 +349,7 @@ class SAM:
         finally:
             self.restore()
 
+    @on_top
     def __call__(self, closure):
         self.refuse_twice()
         loss = closure()
@@ -317,6 +369,7 @@ class Momentum(SAM):
         if self.linf and self.params:
             self.copies = 1 + 1 / self.params[0].element_size()
 
+    @on_top
     def __call__(self, closure):
         with self.perturbed(self.kept):
             loss = closure()
@@ -336,6 +389,7 @@ class Lookahead(SAM):
             raise ValueError(f"Lookahead: steps must be 1 or more, got {steps}")
         self.steps = steps
 
+    @on_top
     def __call__(self, closure, attack):
         """attack: like closure, for the attacker's loss on samples of its own."""
         self.refuse_twice()
@@ -358,7 +412,9 @@ class Random(SAM):
         self.seed = seed
         self.draws = 0
 
+    @on_top
     def __call__(self, closure):
+        self.refuse_twice()
         noise = [torch.zeros_like(p) for p in self.perturb]
         self.draws += 1
         self.ops.noise_(noise, 1.0, draw_seed(self.seed, self.draws))
@@ -389,18 +445,21 @@ class RS:
         self.stats = {}
         self.ops = operations(self.params, triton)[0]
 
+    @on_top
     def __call__(self, closure):
         saved = [(p, p.detach().clone()) for p in self.params]
         losses = []
         try:
             for _ in range(self.samples):
                 stats = self.ops.noise_(self.params, self.sigma, draw_seed(self.seed, self.draws))
-                self.stats = stats | {"asked_norm": self.sigma * stats["norm"]}          # of the last draw
+                self.stats = stats | {"asked_norm": self.sigma * stats["norm"]}      # of the last draw
                 self.draws += 1
+                torch.clear_autocast_cache()
                 losses.append(closure())
                 self.ops.restore_(list(saved))
         finally:
             self.ops.restore_(saved)
+            torch.clear_autocast_cache()
         for p in self.params:
             if p.grad is not None:
                 p.grad.div_(self.samples)
@@ -420,6 +479,7 @@ class GP:
         self.weight = lam / radius
         self.stats = {}
 
+    @on_top
     def __call__(self, closure):
         loss = closure()
         here = take_grads(self.params)
@@ -449,6 +509,7 @@ class CR:
         self.weight = lam / radius
         self.stats = {}
 
+    @on_top
     def __call__(self, closure):
         loss = closure()
         g0 = take_grads(self.params)
@@ -491,3 +552,4 @@ class WA:
         """Overwrite the weights with the mean; does nothing before the first update."""
         if self.count:
             torch._foreach_copy_([local(p) for p in self.params], [local(m) for m in self.mean])
+            torch.clear_autocast_cache()

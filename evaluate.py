@@ -191,27 +191,32 @@ def score_settings(run, done, args):
     if data is None:
         raise InputError(f"{run} is a plain model and names no data: add --data FOLDER")
     dtype = args.param_dtype or done["args"].get("param_dtype", "float32")
+    files = {"data": runs.stamp(data, "*.json*"),
+             "model": runs.stamp(run, "*.safetensors", "config.json", "tokenizer*.json")}
+    if args.retain_run:
+        files["retain_run"] = runs.stamp(args.retain_run, "evaluate.json")
     return {"run": str(run), "data": data, "ppl_rows": args.ppl_rows,
             "max_len": done["args"].get("max_len", 0), "limit": args.limit, "bos": args.bos,
-            "retain_run": args.retain_run, "device": args.device, "param_dtype": dtype}
+            "retain_run": args.retain_run, "device": args.device, "param_dtype": dtype, "files": files}
 
 
 def score(run, args):
-    """(result.json, metrics) of one run folder; writes its evaluate.json, or reads it when up to date."""
+    """(result.json, metrics) of one run folder; writes its evaluate.json, or reads it when nothing changed."""
     start = time.time()
     run = Path(run)
     done = runs.load_result(run)
-    settings = score_settings(run, done, args)
     retained = None
     if args.retain_run:                          # scored on the same questions, unless it was already
-        more = {"retain_run": None, "data": settings["data"], "records": True, "overwrite": False}
+        more = {"retain_run": None, "data": args.data or done["args"]["data"], "records": True,
+                "overwrite": False}
         score(args.retain_run, argparse.Namespace(**vars(args) | more))
         retained = read_scores(Path(args.retain_run))
+    settings = score_settings(run, done, args)
     path = run / "evaluate.json"
-    newer = path.is_file() and path.stat().st_mtime >= (run / "config.json").stat().st_mtime
-    if newer and not args.overwrite:
+    if path.is_file() and not args.overwrite:
         old = read_scores(run)
         if old["args"] == settings and (not args.records or "records" in old):
+            formats.warn(f"{run}: cached scores ({path}); --overwrite scores again")
             return done, old["metrics"]
     model, tokenizer = models.load_model(run, args.device, getattr(torch, settings["param_dtype"]))
     if args.bos == "none":
@@ -228,7 +233,7 @@ def score(run, args):
 
 def read_scores(run):
     """RUN/evaluate.json."""
-    return formats.read_json(run / "evaluate.json", "score the run again with --overwrite")
+    return formats.read_json(run / "evaluate.json", "score the run again with --overwrite", "args", "metrics")
 
 
 def measure(model, tokenizer, data, settings, batch, retained):
@@ -290,6 +295,9 @@ def prefix_task(teacher, tokenizer, rows, tokens, answer):
         if tokenizer.eos_token_id in said:
             said = said[:said.index(tokenizer.eos_token_id)]
         samples.append((ids + said, [IGNORE] * len(ids) + said))
+    if all(set(labels) == {IGNORE} for _, labels in samples):
+        raise InputError("the teacher answers none of the questions searched on: raise --attack_questions, or "
+                         "take another --attack_seed")
     batch = models.collate(samples, pad, teacher.device)
     depth = teacher.config.get_text_config().num_hidden_layers
     task = {"head": tokens.head, "ids": batch["input_ids"], "labels": batch["labels"],
@@ -348,7 +356,7 @@ def attack_prefix(run, done, args):
     settings = attack_settings(run, done, args)
     state = {"calls": 0, "iteration": 0, "best": [], "curve": []}
     if path.is_file() and not args.overwrite:
-        old = formats.read_json(path, "--overwrite starts a new search")
+        old = formats.read_json(path, "--overwrite starts a new search", "args", "state", "metrics")
         if old["args"] != settings:
             raise InputError(f"{path} holds a search with other flags: --overwrite starts a new one")
         state = old["state"]
@@ -466,7 +474,7 @@ def extras(run, done, metrics, args):
     if args.attack:
         attack_prefix(run, done, args)
     for path in sorted(run.glob("attack_*.json")):
-        result = formats.read_json(path, "--attack prefix --overwrite searches again")
+        result = formats.read_json(path, "--attack prefix --overwrite searches again", "args", "metrics")
         if result["metrics"]["calls"] >= result["args"]["attack_calls"]:             # the search has ended
             found["attack"][path.stem.removeprefix("attack_")] = result["metrics"]
     kind = args.sharpness or "own"
@@ -542,8 +550,8 @@ def show_answers(folders, args):
 
 # ---- flags --------------------------------------------------------------------------------------------
 
-def parse_args(argv=None):
-    """The flags; argv None = the command line."""
+def flags():
+    """The command line, in groups."""
     some = runs.number(int, 1)
     any_number = runs.number(int, 0)
     p = runs.Parser(__doc__)
@@ -555,7 +563,7 @@ def parse_args(argv=None):
     g.add_argument("--overwrite", action="store_true", help="score again what is up to date")
     g.add_argument("--show", type=any_number, default=0, metavar="N", help="instead of scores: what the model "
                    "before, each run, and each run relearned on 60 samples answer to N forget questions")
-    g.add_argument("--show_lr", type=runs.number(float, 0, above=True), default=2e-3,
+    g.add_argument("--show_lr", type=runs.RATE, default=2e-3,
                    help="rate of that relearning; 7B: 1e-5")
     g = p.add_argument_group("scores")
     g.add_argument("--data", help="data folder (default: each run's own)")
@@ -583,7 +591,7 @@ def parse_args(argv=None):
     g.add_argument("--sharpness_probes", type=some, default=32, help="random signs for the trace")
     g.add_argument("--landscape", type=any_number, default=0, metavar="POINTS",
                    help="of the loss around the weights, along a side; 0 = none")
-    return p.parse_args(argv)
+    return p
 
 
 def attack_flags(g):
@@ -606,15 +614,27 @@ def attack_flags(g):
     g.add_argument("--attack_topk", type=some, default=64, help="tokens considered at each place")
     g.add_argument("--attack_answer", type=some, default=10,
                    help="tokens of the answer; at most the longest choice's where choices are answers")
-    g.add_argument("--attack_seed", type=runs.number(int, 0), default=0, help="of questions and search")
+    g.add_argument("--attack_seed", type=runs.SEED, default=0, help="of questions and search")
     g.add_argument("--teacher", help="the model before unlearning (default: the run's --model)")
+
+
+def refuse_json(path):
+    """Raise InputError where --json would replace a file that is no table."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"--json {path}: give the name of a file in a folder that is there")
+    if path.exists():
+        try:
+            formats.read_json(path, "", "methods", "paired")
+        except InputError:
+            raise InputError(f"--json {path} is there and is no table of this script: choose another name")
 
 
 if __name__ == "__main__":
     with runs.one_line_errors():
-        args = parse_args()
+        args = flags().parse_args()
         processes.join(args.device)
-
+        if args.json:
+            refuse_json(Path(args.json))
         if args.show:
             show_answers(args.runs, args)
             sys.exit()

@@ -36,11 +36,11 @@ from data.formats import InputError
 
 @torch.no_grad()
 def quantize(model, bits, args):
-    """Round every layer of adapters.linears() to nearest, symmetric: each args.group neighbours in a row
+    """Round every matrix of adapters.matrices() to nearest, symmetric: each args.group neighbours in a row
     become scale * {-q, ..., q} with q = 2^(bits-1) - 1 and scale = max|w| / q; a row's last group may be
     shorter."""
-    for layer in adapters.linears(model):
-        for part in layer.weight.split(args.group, dim=1):                           # (out, group)
+    for weight in adapters.matrices(model):
+        for part in weight.split(args.group, dim=1):                                 # (out, group)
             wide = part.to(sam.accumulator(part.dtype))
             scale = wide.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)         # (out, 1)
             part.copy_(torch.where(scale > 0, (wide / scale).round() * scale, 0.0))
@@ -48,11 +48,13 @@ def quantize(model, bits, args):
 
 @torch.no_grad()
 def prune(model, percent, args):
-    """Set the floor(percent/100 * size) smallest weights of every layer of linears() to 0 (magnitude)."""
-    for layer in adapters.linears(model):
-        weight = layer.weight
-        smallest = weight.abs().view(-1).topk(int(percent / 100 * weight.numel()), largest=False)
-        weight.view(-1)[smallest.indices] = 0
+    """Set the floor(percent/100 * size) smallest weights of every matrix to 0 (magnitude pruning)."""
+    for weight in adapters.matrices(model):
+        size = weight.abs().flatten()
+        smallest = size.topk(math.floor(percent * weight.numel() / 100), largest=False).indices
+        out = torch.zeros_like(size, dtype=torch.bool)
+        out[smallest] = True
+        weight.masked_fill_(out.view(weight.shape), 0)
 
 
 EDITS = {                                        # each has a flag of its name, with the amounts to try
@@ -122,14 +124,22 @@ class Attack:
             if args.curve_every and step % args.curve_every == 0 and step < steps:
                 now = evaluate.ue_ut(self.model, self.tokenizer, self.questions, only_forget=True)
                 curve.append({"step": step, "UE": now["UE"]})
-        with adapters.lora(self.model, args.lora, f"{args.seed} {number} lora"):
+        added = None
+        params = None
+        if args.lora:
+            added = adapters.Adapters(self.model, args.lora, 2 * args.lora, seed=f"{args.seed} {number} lora")
+            params = [p for _, p in added.named()]
+        try:
             finetune(self.model, [self.encoded[i] for i in picks], self.pad, lr, args.batch_size, epochs,
-                     f"{args.seed} {number} order", watch, args.optimizer)
+                     f"{args.seed} {number} order", watch, args.optimizer, params)
             facts = {self.rows[i]["fact"] for i in picks if "fact" in self.rows[i]}
             found = evaluate.ue_ut(self.model, self.tokenizer, self.questions, seen=facts)
-            moved = None
-            if self.goals:
-                moved = sam.kernel_file("geometry").displacement(self.saved, self.goals, self.objectives)
+        finally:
+            if added:
+                added.remove()
+        moved = None
+        if self.goals:
+            moved = sam.kernel_file("geometry").displacement(self.saved, self.goals, self.objectives)
         sam.restore_(list(self.saved))
         curve.append({"step": epochs * math.ceil(count / args.batch_size), "UE": found["UE"]})
         return found, curve, moved
@@ -206,6 +216,10 @@ def attack(args, model=None, tokenizer=None):
     if model is None:
         model, tokenizer = models.load_model(args.run, args.device, getattr(torch, args.param_dtype))
 
+    if args.attack == "compress" or args.lora:
+        covered = adapters.share(model, adapters.matrices(model))
+        print(f"{args.attack}: on {covered}")
+
     def objective(kind, first):
         return evaluate.forget_objective(kind, model, tokenizer, args.run, first=first, data=args.data)
     if args.attack == "compress":
@@ -263,11 +277,11 @@ def flags():
     g = p.add_argument_group("the attack")
     g.add_argument("--samples", type=some, nargs="+", default=[20, 40, 60], help="forget samples of each budget")
     g.add_argument("--epochs", type=some, nargs="+", default=[1], help="passes over them; every pair is a budget")
-    g.add_argument("--lr", type=rate, nargs="+", default=[2e-3], help="peak rate, linear to 0; 7B: 1e-5")
+    g.add_argument("--lr", type=runs.RATE, nargs="+", default=[2e-3], help="peak rate, linear to 0; 7B: 1e-5")
     g.add_argument("--batch_size", type=some, default=4, help="samples a step; 7B: 4")
     g.add_argument("--seeds", "--draws", dest="draws", type=some, default=2,
                    help="sample lists and orders to average over")
-    g.add_argument("--seed", type=runs.number(int, 0), help="of the sample lists (default: the run's)")
+    g.add_argument("--seed", type=runs.SEED, help="of the sample lists (default: the run's)")
     g.add_argument("--curve_every", type=runs.number(int, 0), default=0,
                    help="steps between UE on the curve, 0 = none")
     g = p.add_argument_group("other attacks")
@@ -277,10 +291,10 @@ def flags():
                    help="what to fine-tune on; UE_heldout takes a row's fact for that of DATA's questions")
     g.add_argument("--lora", type=runs.number(int, 0), default=0, metavar="RANK",
                    help="train adapters of this rank, 0 = all weights")
-    g.add_argument("--quantize", type=runs.number(int, 2), nargs="+", default=[], metavar="BITS",
+    g.add_argument("--quantize", type=runs.number(int, 2, 16), nargs="+", default=[], metavar="BITS",
                    help="instead of training: round the weights, 8 and 4 are usual")
     g.add_argument("--group", type=some, default=64, help="weights that share a scale; 64 or 128")
-    g.add_argument("--prune", type=runs.number(float, 0), nargs="+", default=[], metavar="PERCENT",
+    g.add_argument("--prune", type=runs.number(float, 0, 100), nargs="+", default=[], metavar="PERCENT",
                    help="instead of training: zero the smallest weights of every matrix")
     g = p.add_argument_group("looking closer")
     g.add_argument("--geometry", type=rate, nargs="?", const=1e-3, default=None, metavar="RHO",
@@ -307,8 +321,6 @@ def parse_args(argv=None):
                 "--geometry, or attack in two calls")
     if args.geometry and args.lora:
         p.error("--geometry looks at the weights, which --lora leaves as they are: drop one")
-    if max(args.prune, default=0) > 100:
-        p.error(f"--prune {max(args.prune):g}: give a percentage, 0 to 100")
     parts = []
     if args.attack_data != "forget":
         parts.append(Path(args.attack_data).stem)

@@ -40,23 +40,30 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
 
-def lazy(name):
+class Lazy:
     """A module that is imported when one of its names is first used."""
-    spec = importlib.util.find_spec(name)
-    spec.loader = importlib.util.LazyLoader(spec.loader)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+
+    def __init__(self, module):
+        self.__dict__["_module"] = module
+
+    def __getattr__(self, name):
+        return getattr(importlib.import_module(self._module), name)
+
+    def __setattr__(self, name, value):
+        setattr(importlib.import_module(self._module), name, value)
+
+    def __delattr__(self, name):
+        delattr(importlib.import_module(self._module), name)
 
 
 import sam
 
-evaluate, relearn, unlearn = lazy("evaluate"), lazy("relearn"), lazy("unlearn")
-formats, models, losses = lazy("data.formats"), lazy("data.models"), lazy("data.losses")
-scores, tables, runs = lazy("data.scores"), lazy("data.tables"), lazy("data.runs")
-memory, adapters, finetune = lazy("data.memory"), lazy("data.adapters"), lazy("data.finetune")
-muse, tofu = lazy("data.muse.metrics"), lazy("data.tofu.metrics")
+evaluate, relearn, unlearn = Lazy("evaluate"), Lazy("relearn"), Lazy("unlearn")
+formats, models, losses = Lazy("data.formats"), Lazy("data.models"), Lazy("data.losses")
+scores, tables, runs, states = Lazy("data.scores"), Lazy("data.tables"), Lazy("data.runs"), Lazy("data.states")
+memory, adapters, finetune = Lazy("data.memory"), Lazy("data.adapters"), Lazy("data.finetune")
+texts = Lazy("data.texts")
+muse, tofu = Lazy("data.muse.metrics"), Lazy("data.tofu.metrics")
 
 
 @functools.cache
@@ -245,184 +252,146 @@ del os.environ["TRITON_INTERPRET"]          # or sam.py and unlearn.py would cho
 
 # ---- sam.py -------------------------------------------------------------------------------------------
 
-import gc
-
 exactly = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
-NORMS = ("l2", "linf")
-KINDS = list(itertools.product(NORMS, (False, True), (slice(3), slice(1, 2))))       # norm, flip, subset
+KINDS = list(itertools.product(("l2", "linf"), (False, True), (slice(3), slice(1, 2))))      # subsets
+PATHS = (False, True) if triton else (False,)            # by torch, and by the kernels where they run
 
 
 def v_times(radius, direction, norm):
-    """radius * v, with v = d/||d|| over all tensors of d together, or its signs; zeros stay zeros."""
+    """radius * v, with v = d/||d|| over all tensors of d together, or its signs."""
     if norm == "linf":
         return [radius * d.sign() for d in direction]
     size = flat(direction).norm().clamp(min=1e-300)
     return [radius * d / size for d in direction]
 
 
-def only(part, tensors):
-    """tensors with zeros for those outside of the slice `part`."""
-    inside = range(len(tensors))[part]
-    return [t if i in inside else 0 * t for i, t in enumerate(tensors)]
-
-
-def every_smoother(params):
+def every_smoother(params, **more):
     """Each smoother, one after the other, with a large radius; and how many passes it takes."""
     yield sam.Plain(), 1
-    yield sam.SAM(params, 0.3), 2
-    yield sam.Momentum(params, 0.3), 1
-    yield sam.Momentum(params, 0.3, "linf"), 1
-    yield sam.Lookahead(params, 0.3, "linf", steps=3), 4
-    yield sam.Random(params, 0.3), 1
-    yield sam.RS(params, 0.3, samples=5), 5
-    yield sam.GP(params, 0.1, 0.3), 2
-    yield sam.CR(params, 0.1, 0.3), 4
+    yield sam.SAM(params, 0.3, **more), 2
+    yield sam.Momentum(params, 0.3, **more), 1
+    yield sam.Momentum(params, 0.3, "linf", **more), 1
+    yield sam.Lookahead(params, 0.3, "linf", steps=3, **more), 4
+    yield sam.Random(params, 0.3, **more), 1
+    yield sam.RS(params, 0.3, samples=5, **more), 5
+    yield sam.GP(params, 0.1, 0.3, **more), 2
+    yield sam.CR(params, 0.1, 0.3, **more), 4
 
 
 def call(smoother, closure):
     """smoother(closure), which is the attacker's loss as well where there is one."""
-    more = [closure] if isinstance(smoother, sam.Lookahead) else []
-    return smoother(closure, *more)
+    return smoother(*[closure] * (1 + isinstance(smoother, sam.Lookahead)))
+
+
+def check_stats(stats, step, direction):
+    """Are the norms and the cosine in stats those of a step that was to go along direction?"""
+    cosine = step @ direction / step.norm() / direction.norm()
+    for name, value in (("norm", direction.norm()), ("applied_norm", step.norm()), ("cosine", cosine)):
+        torch.testing.assert_close(stats[name].double(), value.double(), rtol=2e-5, atol=0)
 
 
 class Smoothers(unittest.TestCase):
     def test_sam_is_the_gradient_at_theta_plus_rho_v_and_says_how_far_it_went(self):
         for norm, flip, part in KINDS:
             net = Network()
-            direction = only(part, net.gradient())
+            direction = [torch.zeros_like(p) for p in net.params]
+            direction[part] = net.gradient()[part]
             step = v_times(-0.1 if flip else 0.1, direction, norm)
-            want = flat(net.gradient(net.at(step)))
             smoother = sam.SAM(net.params, 0.1, norm, perturb=net.params[part], flip=flip)
-            exactly(net.smoothed(smoother), want)
-            self.assertGreater((want - flat(net.gradient())).norm(), 0.005)    # the radius matters
+            exactly(net.smoothed(smoother), flat(net.gradient(net.at(step))))
             size = flat(step).norm().item()
             length = flat(direction).norm().item() if norm == "l2" else size / 0.1
-            want = {"norm": length, "asked_norm": size, "applied_norm": size, "cosine": 1}
-            for name, value in smoother.stats.items():
-                self.assertAlmostEqual(value.item(), want.pop(name), msg=name)
-            self.assertEqual(want, {})
+            stats = [smoother.stats[k].item() for k in ("norm", "asked_norm", "applied_norm", "cosine")]
+            np.testing.assert_allclose(stats, [length, size, size, 1], rtol=1e-6)
 
     def test_momentum_moves_along_the_gradient_before_while_the_weights_train(self):
         for norm, flip, part in KINDS:
             net = Network()
             before = [torch.zeros_like(p) for p in net.params]
-            kept = {}
-            for _ in range(2):                           # the second goes on where the first broke off
-                smoother = sam.Momentum(net.params, 0.2, norm, perturb=net.params[part], flip=flip)
-                smoother.kept = kept
-                for _ in range(2):
-                    want = net.gradient(net.at(v_times(-0.2 if flip else 0.2, before, norm)))
-                    exactly(net.smoothed(smoother), flat(want))
-                    before = only(part, want)
-                    with torch.no_grad():
-                        for p in net.params:
-                            p.grad.add_(p)               # the retain gradient on top: must not be kept
-                            p.sub_(0.1 * p.grad)
-                kept = smoother.kept
-            self.assertEqual([id(p) for p in kept], [id(p) for p in net.params[part]])
-            self.assertEqual({d.dtype for d in kept.values()},
-                             {torch.int8 if norm == "linf" else torch.float64})
+            smoother = sam.Momentum(net.params, 0.2, norm, perturb=net.params[part], flip=flip)
+            for _ in range(3):
+                want = net.gradient(net.at(v_times(-0.2 if flip else 0.2, before, norm)))
+                exactly(net.smoothed(smoother), flat(want))
+                before[part] = want[part]
+                for p in net.params:
+                    p.grad.add_(p.detach())              # the retain gradient on top: must not be kept
+                    p.data.sub_(0.1 * p.grad)
 
     def test_lookahead_is_the_gradient_after_steps_down_the_attackers_loss(self):
-        for norm, flip, steps in itertools.product(NORMS, (False, True), (1, 3)):
+        for norm, flip, steps in itertools.product(("l2", "linf"), (False, True), (1, 3)):
             net = Network()
             other = Network(7)                           # the attacker has data of its own
             at = net.params
             for _ in range(steps):
                 move = v_times((0.3 if flip else -0.3) / steps, other.gradient(at), norm)
                 at = [(p + m).detach().requires_grad_() for p, m in zip(at, move)]
-            want = flat(net.gradient(at))
 
             def attack():
                 other.loss(net.params).backward()
             smoother = sam.Lookahead(net.params, 0.3, norm, flip=flip, steps=steps)
-            exactly(net.smoothed(smoother, attack), want)
-            self.assertGreater((want - flat(net.gradient())).norm(), 0.01)
-            size = flat(move).norm().item()                                    # of the last step
-            self.assertAlmostEqual(smoother.stats["asked_norm"].item(), size)
+            exactly(net.smoothed(smoother, attack), flat(net.gradient(at)))
+            self.assertAlmostEqual(smoother.stats["asked_norm"].item(), flat(move).norm().item())
 
     def test_gp_and_cr_converge_to_the_exact_gradients_of_their_penalties(self):
         net = Network()
+        other = Network()
         step = v_times(0.2, net.gradient(), "l2")                              # held fixed, as in CURE
         here = net.gradient(graph=True)
         there = net.gradient([p + s for p, s in zip(net.params, step)], graph=True)
-        wanted = []
-        for vectors in (here, [b - a for a, b in zip(here, there)]):
+        gp = functools.partial(sam.GP, other.params, 0.7)
+        cr = functools.partial(sam.CR, other.params, 0.7, 0.2)
+        for make, vectors in ((gp, here), (cr, [b - a for a, b in zip(here, there)])):
             penalty = torch.cat([v.flatten() for v in vectors]).norm()
             total = net.loss(net.params) + 0.7 * penalty
-            wanted.append(flat(torch.autograd.grad(total, net.params, retain_graph=True)))
-        gp = functools.partial(sam.GP, net.params, 0.7)
-        cr = functools.partial(sam.CR, net.params, 0.7, 0.2)
-        for make, want in zip((gp, cr), wanted):
-            errors = [(net.smoothed(make(radius)) - want).norm().item() for radius in (1e-3, 1e-4, 1e-5)]
+            want = flat(torch.autograd.grad(total, net.params, retain_graph=True))
+            errors = [(other.smoothed(make(r)) - want).norm().item() for r in (1e-3, 1e-4, 1e-5)]
             self.assertLess(errors[2], 1e-4)
             self.assertAlmostEqual(errors[0] / errors[1], 10, delta=1)        # first order in the radius
-            self.assertGreater((want - flat(net.gradient())).norm(), 0.01)
+        exactly(other.smoothed(sam.GP(other.params, 0.2, 0.2)), flat(there))      # which is SAM
 
-    def test_closed_forms_and_losses_on_a_quadratic(self):
-        torch.manual_seed(0)
-        root = torch.randn(6, 6, dtype=torch.float64)
-        a = 1e3 * root @ root.T
-        p = torch.nn.Parameter(torch.randn(6, dtype=torch.float64))
-        theta = p.detach().clone()
-        g = a @ theta
-        v = g / g.norm()
+    def test_random_and_rs_are_gradients_at_draws_that_follow_the_seed(self):
+        net = Network()
+        noised = sam.Random(net.params, 0.3, seed=5)
+        rs = sam.RS(net.params, 0.1, samples=2, seed=5)
+        at = []
+        for draw in range(4):
+            z = [torch.zeros_like(p) for p in net.params]
+            sam.noise_(z, 1.0, sam.draw_seed(5, draw))
+            at.append(flat(net.gradient(net.at([0.1 * x for x in z]))))
+            if draw in (1, 2):
+                exactly(net.smoothed(noised), flat(net.gradient(net.moved(z, 0.3))))
+            if draw in (1, 3):
+                exactly(net.smoothed(rs), (at[draw - 1] + at[draw]) / 2)
+        exactly(rs.stats["asked_norm"], 0.1 * flat(z).norm())                  # of the last draw
+        self.assertEqual((noised.draws, rs.draws), (2, 4))                     # what a run has to save
+        self.assertEqual(len({sam.draw_seed(seed, draw) for seed in (0, 5) for draw in (0, 1)}), 4)
 
-        def closure():
-            loss = 0.5 * p @ a @ p
-            loss.backward()
-            return loss.detach()
-        noise = torch.zeros(8, 6, dtype=torch.float64)                         # of draws 0 to 7
-        for draw, z in enumerate(noise):
-            sam.noise_([z], 1.0, sam.draw_seed(5, draw))
-        noisy = theta + 0.1 * noise
-        units = 0.3 * noise / noise.norm(dim=1, keepdim=True)
-        here = theta[None]
-        momentum = sam.Momentum([p], 0.3)
-        noised = sam.Random([p], 0.3, seed=5)
-        rs = sam.RS([p], 0.1, samples=4, seed=5)
-        cases = [(sam.Plain(), g, here),
-                 (sam.SAM([p], 0.3), g + 0.3 * a @ v, here),
-                 (sam.GP([p], 0.3, 0.3), g + 0.3 * a @ v, here),               # which is SAM
-                 (sam.GP([p], 0.5, 0.01), g + 0.5 * a @ v, here),
-                 (sam.CR([p], 0.5, 0.01), g, here),
-                 (momentum, g, here),
-                 (momentum, g + 0.3 * a @ v, here + 0.3 * v),
-                 (noised, a @ (theta + units[1]), here + units[1]),
-                 (noised, a @ (theta + units[2]), here + units[2]),
-                 (rs, a @ noisy[:4].mean(0), noisy[:4]),
-                 (rs, a @ noisy[4:].mean(0), noisy[4:])]
-        for smoother, gradient, points in cases:         # what it returns is the mean loss at points
-            p.grad = None
-            loss = smoother(closure)
-            torch.testing.assert_close(p.grad, gradient, rtol=1e-8, atol=1e-8 * g.norm().item())
-            exactly(loss, (0.5 * points @ a * points).sum(1).mean())
-        for smoother, _, _ in cases[1:5]:
-            exactly(smoother.stats["norm"], g.norm())
-        self.assertEqual((noised.draws, rs.draws), (2, 8))                     # what a run has to save
-
-    def test_passes_and_copies_are_the_documented_ones(self):
+    def test_passes_copies_and_the_loss_returned_are_the_documented_ones(self):
+        import gc
         p = torch.nn.Parameter(torch.zeros(1234))
-        seen = []                                        # bytes put aside, at each pass
+        aside = []                                       # bytes, at each pass
+        losses = []
 
         def closure():
-            found = {}
-            for t in gc.get_objects():
-                if type(t) is torch.Tensor and t.numel() == p.numel() and t.data_ptr() != p.data_ptr():
-                    found[t.data_ptr()] = t.nbytes
-            seen.append(sum(found.values()))
+            found = {t.data_ptr(): t.nbytes for t in gc.get_objects()
+                     if type(t) is torch.Tensor and t.numel() == 1234}
+            found.pop(p.data_ptr(), None)                # views of the weights themselves
+            aside.append(sum(found.values()))
             loss = (p - 1).square().sum()
             loss.backward()
-            return loss.detach()
+            losses.append(loss.detach())
+            return losses[-1]
         gc.freeze()                                      # look at new objects only, which is fast
         self.addCleanup(gc.unfreeze)
         for smoother, passes in every_smoother([p]):
             for _ in range(2):                           # momentum has nothing to keep before the first
                 p.grad = None
-                seen.clear()
-                call(smoother, closure)
-            self.assertEqual(len(seen), passes, smoother)
-            self.assertEqual(max(seen), smoother.copies * p.nbytes, smoother)
+                losses.clear()
+                returned = call(smoother, closure)
+            self.assertEqual(len(losses), passes, smoother)
+            self.assertEqual(max(aside[-passes:]), smoother.copies * p.nbytes, smoother)
+            own = {sam.RS: losses, sam.Lookahead: losses[-1:]}.get(type(smoother), losses[:1])
+            exactly(returned, torch.stack(own).mean())
 
     def test_every_smoother_restores_bit_for_bit_in_any_dtype_even_when_the_loss_raises(self):
         dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -440,21 +409,13 @@ class Smoothers(unittest.TestCase):
                     for _ in range(3):
                         call(smoother, closure)
                 self.assertTrue(same(before, net.params), (smoother, dtype, failing))
-
-    def test_an_ascent_that_breaks_half_way_is_undone(self):
-        params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
-        broken = {params[0]: torch.ones(3), params[1]: None}   # with linf the first moves, then it fails
-        smoother = sam.SAM(params, 1.0, "linf")
-        self.assertRaises(AttributeError, smoother.ascent, broken)
-        self.assertFalse(same(params, [torch.ones(3)] * 2))
-        smoother.restore()
-        self.assertTrue(same(params, [torch.ones(3)] * 2))
-        with self.assertRaises(AttributeError), smoother.perturbed(broken):
+        broken = {net.params[0]: torch.ones(4, 3), net.params[1]: None}      # it fails after one moved
+        with self.assertRaises(AttributeError), sam.SAM(net.params, 1.0, "linf").perturbed(broken):
             self.fail("the body must not run")
-        self.assertTrue(same(params, [torch.ones(3)] * 2))
+        self.assertTrue(same(before, net.params))
 
-    def test_stats_are_those_of_the_rounded_step_and_a_swallowed_one_is_warned_of(self):
-        for dtype, rho in ((torch.float32, 0.01), (torch.bfloat16, 0.01), (torch.bfloat16, 10.0)):
+    def test_ascent_and_noise_tell_what_rounding_left_of_the_step(self):
+        for dtype, size in ((torch.float32, 0.01), (torch.bfloat16, 0.01), (torch.bfloat16, 10.0)):
             torch.manual_seed(2)
             params = []
             for shape in ((300, 1000), (77,), ()):       # the first is moved in several pieces
@@ -462,64 +423,58 @@ class Smoothers(unittest.TestCase):
                 params[-1].grad = torch.randn(shape).to(dtype)
             before = flat(params).double()
             g = flat(p.grad for p in params).double()
-            with sam.SAM(params, rho).perturbed() as smoother:
+            swallowed = size == 0.01 and dtype == torch.bfloat16
+            with sam.SAM(params, size).perturbed() as smoother:
                 step = flat(params).double() - before
-            want = {"norm": g.norm(), "asked_norm": rho, "applied_norm": step.norm(),
-                    "cosine": step @ g / step.norm() / g.norm()}
-            for name, value in want.items():
-                self.assertAlmostEqual(smoother.stats[name].item() / float(value), 1, places=4, msg=name)
-            swallowed = rho == 0.01 and dtype == torch.bfloat16
-            self.assertEqual(want["cosine"].item() < 0.9, swallowed)
-            if not swallowed:
-                self.assertAlmostEqual(step.norm().item() / rho, 1, places=3)
-            warning = unlearn.precision_warning(smoother.stats, "bfloat16")
-            self.assertEqual("in bfloat16 a perturbation of norm 0.01 " in str(warning), swallowed)
+            check_stats(smoother.stats, step, g)
+            self.assertAlmostEqual(smoother.stats["asked_norm"].item(), size, places=6)
+            self.assertEqual(smoother.stats["cosine"].item() < 0.9, swallowed)
+            z = [torch.zeros_like(p, dtype=sam.accumulator(dtype)) for p in params]
+            sam.noise_(z, 1.0, 7)
+            stats = sam.noise_(params, size / 100, 7)
+            check_stats(stats, flat(params).double() - before, flat(z).double())
+            self.assertEqual(stats["cosine"].item() < 0.99, swallowed)
 
     def test_zero_and_non_finite_directions_leave_the_weights_alone_and_are_told(self):
         p = torch.nn.Parameter(torch.ones(5))
-        for norm, gradient, want in (("l2", [0.0, 0, 0, 0, 0], [1.0, 1, 1, 1, 1]),
-                                     ("l2", [math.nan, 1, 1, 1, 1], [1.0, 1, 1, 1, 1]),
-                                     ("l2", [math.inf, 1, 1, 1, 1], [1.0, 1, 1, 1, 1]),
-                                     ("linf", [1, math.nan, -2, math.inf, 0], [1.5, 1, 0.5, 1, 1])):
+        rows = [("l2", [0.0, 0, 0, 0, 0], [1.0, 1, 1, 1, 1], "0.0"),
+                ("l2", [math.nan, 1, 1, 1, 1], [1.0, 1, 1, 1, 1], "nan"),
+                ("l2", [-math.inf, 1, 1, 1, 1], [1.0, 1, 1, 1, 1], "inf"),
+                ("linf", [1, math.nan, -2, math.inf, 0], [1.5, 1, 0.5, 1, 1], "nan")]
+        for path, (norm, gradient, want, told) in itertools.product(PATHS, rows):
             p.grad = torch.tensor(gradient)
-            with sam.SAM([p], 0.5, norm).perturbed() as smoother:
+            smoother = sam.SAM([p], 0.5, norm, triton=path)
+            with np.errstate(invalid="ignore"), smoother.perturbed():
                 self.assertEqual(p.tolist(), want)
-            self.assertEqual(smoother.stats["norm"].isfinite(), gradient == [0] * 5)
+            self.assertEqual(p.tolist(), [1] * 5)
+            self.assertEqual((str(smoother.stats["norm"].item()), smoother.stats["cosine"]), (told, 0))
             self.assertAlmostEqual(smoother.stats["applied_norm"].item(), math.dist(want, [1] * 5), 6)
-            self.assertEqual(smoother.stats["cosine"], 0)
 
     def test_frozen_tied_and_gradientless_parameters_and_mixed_dtypes(self):
-        a, frozen, none, empty = map(torch.nn.Parameter, torch.ones(8).split([3, 3, 2, 0]))
-        frozen.requires_grad_(False)
-        b = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
-        params = [a, frozen, b, a, none, empty]                            # a is tied: it must move once
-        before = [p.detach().clone() for p in params]
-        a.grad = torch.full((3,), 2.0)
-        b.grad = torch.full((2,), 3.0).bfloat16()
-        empty.grad = torch.ones(0)
-        address = a.grad.data_ptr()
-        norm = math.sqrt(3 * 4 + 2 * 9)
-        with sam.SAM(params, 5.0).perturbed() as smoother:
-            self.assertEqual(len(smoother.params), 4)
-            self.assertEqual(smoother.saved[0][1].data_ptr(), address)        # the gradient's own memory
-            torch.testing.assert_close(a.detach(), torch.full((3,), 1 + 5 * 2 / norm))
-            torch.testing.assert_close(b.detach(), torch.full((2,), 1 + 5 * 3 / norm).bfloat16())
-            self.assertTrue(same([frozen, none], [torch.ones(3), torch.ones(2)]))
-            none.grad = torch.ones(2)                                          # in the second pass only
-        self.assertTrue(same(params, before))
-        self.assertIsNone(a.grad)
-        self.assertTrue(torch.equal(none.grad, torch.ones(2)))
+        for path in PATHS:
+            a, frozen, none, empty = map(torch.nn.Parameter, torch.ones(8).split([3, 3, 2, 0]))
+            frozen.requires_grad_(False).grad = torch.ones(3)
+            b = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+            params = [a, frozen, b, a, none, empty]                        # a is tied: it must move once
+            before = [p.detach().clone() for p in params]
+            a.grad = torch.full((3,), 2.0)
+            b.grad = torch.full((2,), 3.0).bfloat16()
+            empty.grad = torch.ones(0)
+            norm = math.sqrt(3 * 4 + 2 * 9)
+            with sam.SAM(params, 5.0, triton=path).perturbed():
+                torch.testing.assert_close(a.detach(), torch.full((3,), 1 + 5 * 2 / norm))
+                torch.testing.assert_close(b.detach(), torch.full((2,), 1 + 5 * 3 / norm).bfloat16())
+                self.assertTrue(torch.equal(frozen, torch.ones(3)))
+                none.grad = torch.ones(2)                                      # in the second pass only
+            self.assertTrue(same(params, before))
+            self.assertTrue(torch.equal(none.grad, torch.ones(2)))
 
-    def test_bad_radii_are_errors(self):
+    def test_bad_numbers_and_perturbing_twice_are_errors(self):
         p = torch.nn.Parameter(torch.ones(2))
-        for make, *flags in ((sam.SAM, -0.1), (sam.SAM, math.nan), (sam.SAM, 0.1, "l1"),
-                             (sam.RS, -1.0), (sam.RS, 1.0, 0), (sam.GP, -1.0), (sam.GP, 1.0, 0.0),
-                             (sam.CR, -1.0), (sam.CR, 1.0, 0.0), (sam.CR, 1.0, 0.1, 0.0)):
+        for make, *flags in ((sam.SAM, -0.1), (sam.SAM, math.nan), (sam.SAM, 0.1, "l1"), (sam.RS, -1.0),
+                             (sam.RS, 1.0, 0), (sam.GP, -1.0), (sam.GP, 1, 0.0), (sam.CR, 1, 0.1, 0.0)):
             self.assertRaises(ValueError, make, [p], *flags)
         self.assertRaises(ValueError, sam.Lookahead, [p], steps=0)
-
-    def test_perturbing_twice_is_an_error_that_leaves_the_first_as_it_is(self):
-        p = torch.nn.Parameter(torch.ones(2))
         for kind in (sam.SAM, sam.Momentum, sam.Lookahead, sam.Random):
             p.grad = torch.ones(2)
             smoother = kind([p], 0.1)
@@ -529,25 +484,23 @@ class Smoothers(unittest.TestCase):
                 self.assertRaises(RuntimeError, call, smoother, self.fail)     # the closure must not run
                 self.assertRaises(RuntimeError, smoother.perturbed().__enter__)
                 self.assertTrue(torch.equal(p, there))
+                self.assertIsNone(p.grad)
             self.assertTrue(torch.equal(p, torch.ones(2)))
 
     def test_noise_is_standard_normal_times_sigma_and_follows_the_seed(self):
         a, b, c = torch.zeros(3, 200_000)
-        b += 1
         for tensor, seed in ((a, 1), (b, 1), (c, 2)):
             sam.noise_([tensor], 0.5, seed)
-        torch.testing.assert_close(b, a + 1)
-        self.assertAlmostEqual(a.std().item(), 0.5, delta=0.005)               # 6 standard errors
-        self.assertAlmostEqual(a.mean().item(), 0.0, delta=0.007)
-        self.assertAlmostEqual((a * c).mean().item(), 0.0, delta=0.004)
+        self.assertTrue(torch.equal(a, b))
+        for value, want in ((a.std(), 0.5), (a.mean(), 0), ((a * c).mean(), 0)):
+            self.assertAlmostEqual(value.item(), want, delta=0.007)            # 6 standard errors
 
     def test_weight_average_is_the_fp32_mean_for_any_dtype(self):
-        for dtype in (torch.float32, torch.bfloat16):
+        for path, dtype in itertools.product(PATHS, (torch.float32, torch.bfloat16)):
             seen = torch.randn(9, 100, generator=torch.Generator().manual_seed(0)).to(dtype)
             p = torch.nn.Parameter(torch.zeros(100, dtype=dtype))
-            average = sam.WA([p])
-            average.swap()                               # nothing averaged yet: nothing changes
-            self.assertFalse(p.any())
+            average = sam.WA([p], triton=path)
+            average.swap()                               # nothing averaged yet: does nothing
             for weights in seen:
                 p.data.copy_(weights)
                 average.update()
@@ -556,42 +509,132 @@ class Smoothers(unittest.TestCase):
             torch.testing.assert_close(average.mean[0].double(), want, rtol=0, atol=1e-6)
             torch.testing.assert_close(p.detach(), want.to(dtype))
 
-    def test_sam_py_works_copied_out_alone(self):
-        code = """
-import torch, sam
-p = torch.nn.Parameter(torch.ones(3))
-p.grad = torch.ones(3)
-with sam.SAM([p], rho=3**0.5).perturbed():
-    print(p.tolist())
-print(p.tolist(), sam.operations([p])[0].__name__)
-sam.operations([p], triton=True)
-"""
+
+# ---- sam.py in other people's loops -------------------------------------------------------------------
+
+class Loops(unittest.TestCase):
+    def by_hand(self, net, rho):
+        """SAM's gradient by autograd."""
+        return flat(net.gradient(net.moved(net.gradient(), rho)))
+
+    def test_gradients_in_somebody_elses_memory_are_copied(self):
+        """As with DDP's gradient_as_bucket_view: p.grad is a view that every backward pass writes to."""
+        for make in (lambda p: sam.SAM(p, 0.3), lambda p: sam.GP(p, 0.2, 0.3), lambda p: sam.CR(p, 0.2, 0.3)):
+            net = Network()
+            want = net.smoothed(make(net.params))
+            sam.take_grads(net.params)
+            before = flat(net.params).clone()
+            bucket = torch.zeros(before.numel(), dtype=torch.float64)
+
+            def into_bucket(views=bucket.split([p.numel() for p in net.params])):
+                loss = net.loss(net.params)
+                for p, view, g in zip(net.params, views, torch.autograd.grad(loss, net.params)):
+                    p.grad = view.view_as(p).copy_(g)
+                return loss.detach()
+            make(net.params)(into_bucket)
+            self.assertTrue(torch.equal(flat(net.params), before))
+            torch.testing.assert_close(flat(p.grad for p in net.params), want)
+
+    def test_ddp_with_bucket_views_is_the_single_process(self):
+        code = """if True:
+            import os, torch, sam
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+            torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+            torch.manual_seed(0)
+            net, x = torch.nn.Linear(3, 2), torch.randn(5, 3)
+            spread = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+            before = net.weight.detach().clone()
+            found = []
+            for model in (net, spread):
+                s = sam.SAM(net.parameters(), 0.5)
+                for _ in range(2):
+                    net.zero_grad()
+                    model(x).square().mean().backward()
+                    with s.perturbed():
+                        model(x).square().mean().backward()
+                    assert torch.equal(net.weight, before)
+                found.append(net.weight.grad.clone())
+            torch.testing.assert_close(*found)
+            print("fine")
+        """
         with tempfile.TemporaryDirectory() as folder:
-            shutil.copy(ROOT / "sam.py", folder)
-            run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True,
-                                 text=True)
-        self.assertEqual(run.stdout, "[2.0, 2.0, 2.0]\n[1.0, 1.0, 1.0] torch\n", run.stderr)
-        self.assertRegex(run.stderr, "ValueError: the Triton kernels cannot run here: .*multi_tensor.py")
+            run = in_python(code.replace("import os,", "import sys, os,"), f"{folder}/store")
+        self.assertEqual(run.stdout.strip(), "fine", run.stderr)
+
+    def test_gradients_that_share_memory_are_restored_and_parameters_that_do_are_refused(self):
+        a = torch.nn.Parameter(torch.randn(2, 3))
+        b = torch.nn.Parameter(torch.randn(3, 2))
+        before = [a.detach().clone(), b.detach().clone()]
+        a.grad = torch.ones(2, 3)
+        b.grad = torch.nn.Parameter(a.grad.view(3, 2)).detach()
+        with sam.SAM([a, b], 0.5).perturbed():
+            self.assertFalse(torch.equal(b, before[1]))
+        self.assertTrue(same([a, b], before))
+        flat_weights = torch.zeros(6)
+        one, other = (torch.nn.Parameter(flat_weights[i:i + 4]) for i in (0, 2))
+        self.assertRaisesRegex(ValueError, "share memory", sam.SAM, [one, other])
+        sam.SAM([one, torch.nn.Parameter(flat_weights[4:])])                     # side by side is fine
+
+    def test_one_autocast_block_around_both_passes_sees_the_moves(self):
+        torch.manual_seed(0)
+        net = torch.nn.Linear(8, 4)
+        x = torch.randn(16, 8)
+
+        def closure():
+            loss = net(x).square().mean()
+            loss.backward()
+            return loss.detach()
+        for make in (lambda: sam.SAM(net.parameters(), 2.0), lambda: sam.RS(net.parameters(), 0.5, 1),
+                     lambda: sam.GP(net.parameters(), 1.0, 2.0), lambda: sam.CR(net.parameters(), 1.0, 2.0)):
+            found = []
+            for blocks in (1, 9):                # one block around all, or one for each pass
+                net.zero_grad()
+                if blocks == 1:
+                    with torch.autocast("cpu", torch.bfloat16):
+                        closure()                # fills the cache of casts
+                        net.zero_grad()
+                        make()(closure)
+                else:
+                    make()(torch.autocast("cpu", torch.bfloat16)(closure))
+                found.append(net.weight.grad.clone())
+            torch.testing.assert_close(*found)
+
+    def test_what_p_grad_held_is_added_to(self):
+        for smoother in (lambda p: sam.SAM(p, 0.3), lambda p: sam.GP(p, 0.2, 0.3), lambda p: sam.RS(p, 0.2, 2),
+                         lambda p: sam.Momentum(p, 0.3), lambda p: sam.Random(p, 0.3),
+                         lambda p: sam.CR(p, 0.2, 0.3), lambda p: sam.Plain()):
+            nets = [Network(0), Network(1)]      # two micro-batches of one set of weights
+            nets[1].params = nets[0].params
+            want = sum(net.smoothed(smoother(net.params)) for net in nets)
+            nets[0].smoothed(smoother(nets[0].params))
+            smoother(nets[0].params)(nets[1].closure)
+            torch.testing.assert_close(flat(p.grad for p in nets[0].params), want)
+
+    def test_calls_that_mean_something_else_are_refused(self):
+        net = torch.nn.Linear(2, 2)
+        other = torch.nn.Linear(2, 2)
+        sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+        for params, more, says in ((net.named_parameters(), {}, "found a tuple"),
+                                   (sgd.param_groups, {}, "found a dict"), ([], {}, "requires a gradient"),
+                                   (net.parameters(), {"perturb": other.parameters()}, "perturb"),
+                                   (net.parameters(), {"rho": torch.optim.SGD}, "a number")):
+            self.assertRaisesRegex(ValueError, says, sam.SAM, params, **more)
+        for name in ("_is_flat_param", "_fsdp_flattened"):            # what FSDP1 writes on its parameters
+            p = torch.nn.Parameter(torch.zeros(3))
+            setattr(p, name, True)
+            self.assertRaisesRegex(ValueError, "FSDP2", sam.SAM, [p])
+        table = torch.nn.Embedding(5, 2, sparse=True)
+        s = sam.SAM(table.parameters(), 0.1)
+        table(torch.tensor([1])).sum().backward()
+        self.assertRaisesRegex(ValueError, "sparse=False", s.ascent)
 
 
 # ---- kernels/: by Triton's interpreter, on CPU tensors ---------------------------------------------
 
 SIZES = [0, 1, 7, 63, 64, 65, 200]          # with chunk 64, which is fast, some have several chunks
+LARGE = [1023, 1024, 1025, 32769]           # around the block and the chunk that are shipped
 HALF = torch.bfloat16
 FULL = torch.float32
-
-
-def rank(t):
-    """The place of every fp32 or bf16 number among all of them."""
-    integer = torch.int32 if t.dtype == FULL else torch.int16
-    bits = t.view(integer).long()
-    return torch.where(bits < 0, -(bits & torch.iinfo(integer).max), bits)
-
-
-def ulps(a, b):
-    """Largest distance between two tensors, in steps from one number to the next."""
-    assert a.dtype == b.dtype and a.isfinite().all() and b.isfinite().all()
-    return (rank(a) - rank(b)).abs().max().item() if a.numel() else 0
 
 
 def randn(sizes, dtype=FULL, seed=0, scale=1.0):
@@ -603,44 +646,38 @@ def copies(tensors):
     return [t.detach().clone() for t in tensors]
 
 
+def agree(ours, theirs, exact=False):
+    """fp32 bit for bit; bf16 to the last bit unless exact, as the interpreter cuts off fp32 instead."""
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-7 if a.dtype == HALF and not exact else 0, atol=0)
+
+
 @contextlib.contextmanager
 def launches():
-    """The names of the kernels that run inside."""
+    """The names of the kernels that run inside, where it is an error to read a tensor's value on the
+    host, but for the interpreter."""
     run = GridExecutor.__call__
     names = []
+    running = []
 
     def counted(self, *args, **kwargs):
         names.append(self.fn.__name__)
-        return run(self, *args, **kwargs)
-    with mock.patch.object(GridExecutor, "__call__", counted):
-        yield names
+        running.append(self)
+        run(self, *args, **kwargs)
+        running.pop()
 
-
-@contextlib.contextmanager
-def nothing_read_back():
-    """Reading a tensor's value on the host is an error inside, except by the interpreter for itself."""
-    run = GridExecutor.__call__
-    inside = []
-
-    def allowed(self, *args, **kwargs):
-        inside.append(self)
-        try:
-            return run(self, *args, **kwargs)
-        finally:
-            inside.pop()
-
-    def guard(name):
+    def guarded(name):
         method = getattr(torch.Tensor, name)
 
-        def guarded(tensor, *args, **kwargs):
-            assert inside, f"Tensor.{name} waits for the device"
+        def read(tensor, *args, **kwargs):
+            assert running, f"Tensor.{name} waits for the device"
             return method(tensor, *args, **kwargs)
-        return mock.patch.object(torch.Tensor, name, guarded)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(GridExecutor, "__call__", allowed))
-        for name in "item cpu tolist numpy __bool__ __float__ __int__ __index__ __array__ nonzero".split():
-            stack.enter_context(guard(name))
-        yield
+        return read
+    reads = "item cpu tolist numpy __bool__ __float__ __int__ __index__ __array__ nonzero"
+    guards = {name: guarded(name) for name in reads.split()}
+    patch = mock.patch.multiple
+    with patch(torch.Tensor, **guards), patch(GridExecutor, __call__=counted):
+        yield names
 
 
 def five_views(buffer):
@@ -649,58 +686,8 @@ def five_views(buffer):
             buffer[260:272].view(3, 4, 1)]
 
 
-class Tiny:
-    """A smooth network with 26 fp32 weights: closure() adds its gradient to p.grad and returns the loss."""
-
-    def __init__(self, seed=0):
-        g = torch.Generator().manual_seed(seed)
-        shapes = ((4, 3), (4,), (2, 4), (2,))
-        self.params = [torch.nn.Parameter(torch.randn(s, generator=g)) for s in shapes]
-        self.x = torch.randn(8, 3, generator=g)
-        self.y = torch.randn(8, 2, generator=g)
-
-    def closure(self):
-        w1, b1, w2, b2 = self.params
-        loss = ((self.x @ w1.T + b1).tanh() @ w2.T + b2 - self.y).square().mean()
-        loss.backward()
-        return loss.detach()
-
-    def gradient(self):
-        """The gradient here, flat; p.grad is None before and after."""
-        self.closure()
-        return flat(sam.take_grads(self.params).values())
-
-
-def run_code(code, *args, folder=ROOT, **env):
-    """Run Python code in a process of its own: what it printed, after a check that it succeeded."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **env}
-    run = subprocess.run([sys.executable, "-c", code, *map(str, args)], cwd=folder, env=env, text=True,
-                         capture_output=True)
-    assert run.returncode == 0, run.stderr
-    return run.stdout.strip()
-
-
 @unittest.skipUnless(triton, "triton is not installed here")
 class Kernels(unittest.TestCase):
-    def ascend(self, w, d, rho, linf):
-        """ascent_ with chunk 64 against ascent_ref, and what it says against the step in fp64."""
-        old = copies(w)
-        kept = copies(d)
-        saved = []
-        scale = rho if linf else rho / (mt.global_norm(d, chunk=64) + 1e-12)
-        stats = mt.ascent_(w, d, rho, saved, linf=linf, chunk=64)
-        for new, o, x in zip(w, old, kept):
-            self.assertLessEqual(ulps(new, mt.ascent_ref(o, x, scale, linf)), o.dtype == HALF)
-        x = flat(kept).double()
-        x = x.sign() if linf else x
-        step = flat(w).double() - flat(old).double()
-        self.assertGreater(step.norm(), 0.2)
-        cosine = step @ x / step.norm() / x.norm()
-        self.assertAlmostEqual(stats["norm"].item() / x.norm().item(), 1, places=5)
-        self.assertAlmostEqual(stats["applied_norm"].item() / step.norm().item(), 1, places=5)
-        self.assertAlmostEqual(stats["cosine"].item(), cosine.item(), places=5)
-        return old, kept, saved
-
     def test_philox_gives_the_published_words(self):
         """Known answers of Random123 1.14, philox4x32 with 10 rounds."""
         pi = (0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344)
@@ -712,213 +699,109 @@ class Kernels(unittest.TestCase):
             self.assertEqual(tuple(map(int, words)), want)
 
     def test_norm_is_the_fp64_root_of_the_sum_of_squares(self):
-        block = mt.TURN // 4
-        large = [block - 1, block, block + 1, mt.CHUNK + 1]
-        for g, chunk in ((randn(SIZES), 64), (randn(SIZES, HALF), 64), (randn(large), mt.CHUNK),
+        for g, chunk in ((randn(SIZES, HALF), 64), (randn(LARGE), mt.CHUNK),
                          (randn([5, 70]) + randn([9], HALF), 16)):
             norm = mt.global_norm(g, chunk=chunk)
             torch.testing.assert_close(norm.double(), flat(g).double().norm(), rtol=1e-6, atol=0)
-            self.assertTrue(same([norm], [mt.global_norm(g, chunk=chunk)]))
         self.assertEqual(mt.global_norm([]), 0)
 
     def test_ascent_moves_saves_measures_and_restores(self):
-        """Against plain torch: fp32 bit for bit; bf16 within 1 ulp, as the interpreter cuts off fp32."""
-        for dtype, linf in itertools.product((FULL, HALF), (False, True)):
-            w = randn(SIZES, dtype, 1, 0.05)
-            g = randn(SIZES, dtype, 2)
-            g[5][:3] = 0                                                        # sign(0) = 0
-            old, _, saved = self.ascend(w, g, 0.02 if linf else 0.5, linf)
-            self.assertTrue(same(g, old))                                       # in the gradient's memory
-            self.assertEqual([id(x) for _, x in saved], list(map(id, g)))
-            mt.restore_(saved, chunk=64)
-            self.assertTrue(same(w, old))
-            self.assertEqual(saved, [])
-
-    def test_kept_signs_fp32_gradients_and_reuse_false_leave_the_direction_alone(self):
-        g = randn(SIZES, seed=2)
-        signs = [x.sign().to(torch.int8) for x in g]
-        for direction, linf in ((g, False), (signs, True)):
-            w = randn(SIZES, HALF, 1)
-            old, kept, saved = self.ascend(w, direction, 0.25 if linf else 3.0, linf)
-            self.assertTrue(same(direction, kept))
-            mt.restore_(saved, chunk=64)
-            self.assertTrue(same(w, old))
-        w = randn(SIZES)
-        saved = []
-        mt.ascent_(w, g, 1.0, saved, reuse=False)
-        self.assertTrue(same(g, kept := randn(SIZES, seed=2)) and len(kept) == len(saved))
-        mt.restore_(saved)
-        self.assertTrue(same(w, randn(SIZES)))
-
-    def test_the_shipped_block_and_chunk_sizes_give_the_same(self):
-        block = mt.TURN // 4
-        sizes = [block - 1, block, block + 1, mt.CHUNK + 1]
-        w = randn(sizes, seed=1)
-        g = randn(sizes, seed=2)
-        scale = 0.5 / (mt.global_norm(g) + 1e-12)
-        want = [mt.ascent_ref(x, d, scale) for x, d in zip(w, g)]
-        mt.ascent_(w, g, 0.5, [])
-        self.assertTrue(same(w, want))
+        for sizes, dtype, given, linf, reuse in (
+                (SIZES, FULL, FULL, False, True), (SIZES, HALF, HALF, False, True),
+                (SIZES, FULL, FULL, True, True), (SIZES, HALF, HALF, True, True),
+                (SIZES, HALF, FULL, False, True), (SIZES, HALF, torch.int8, True, True),
+                (SIZES, FULL, FULL, False, False), (LARGE, FULL, FULL, False, True)):
+            w = randn(sizes, dtype, 1, 0.05)
+            d = randn(sizes, given, 2, 3)
+            d[3][:3] = 0                                                        # sign(0) = 0
+            old = copies(w)
+            kept = copies(d)
+            saved = []
+            rho = 0.02 if linf else 0.5
+            chunk = mt.CHUNK if sizes is LARGE else 64
+            tied = [[*w, w[3]], [*d, d[3]]]                                     # moves once all the same
+            stats = mt.ascent_(*tied, rho, saved, reuse, linf=linf, chunk=chunk)
+            scale = rho if linf else rho / (stats["norm"] + 1e-12)
+            agree(w, [mt.ascent_ref(x, y, scale, linf) for x, y in zip(old, kept)])
+            along = flat(kept).double()
+            check_stats(stats, flat(w).double() - flat(old).double(), along.sign() if linf else along)
+            self.assertTrue(same(d, old if reuse and dtype == given else kept))     # in its memory?
+            mt.restore_(saved, chunk=chunk)
+            self.assertTrue(same(w, old) and not saved)
 
     def test_misaligned_transposed_and_scalar_views_move_and_nothing_around_them(self):
-        touched = torch.zeros(300, dtype=torch.bool)
-        for view in five_views(touched):
-            view.fill_(True)
+        around = torch.ones(300, dtype=torch.bool)
+        for view in five_views(around):
+            view.fill_(False)
+        before = randn([300], seed=3)[0]
+        old = five_views(before)
+        d = five_views(randn([300], seed=4)[0])
         for name in ("ascent", "noise", "mean"):
-            buffer = randn([300], seed=3)[0]
-            before = buffer.clone()
+            buffer = before.clone()
             w = five_views(buffer)
-            d = five_views(randn([300], seed=4)[0])
-            saved = []
             if name == "ascent":
-                scale = 2.0 / (mt.global_norm(d, chunk=64) + 1e-12)
-                want = [mt.ascent_ref(x, y, scale) for x, y in zip(w, d)]
-                mt.ascent_(w, d, 2.0, saved, chunk=64)
+                saved = []
+                norm = mt.ascent_(w, d, 2.0, saved, reuse=False, chunk=64)["norm"]
+                want = [mt.ascent_ref(x, y, 2.0 / (norm + 1e-12)) for x, y in zip(old, d)]
+                self.assertTrue(same([x for _, x in saved], old))
             elif name == "noise":
+                mt.noise_(w, 0.5, 9, chunk=64)
                 want = []
-                for i, x in enumerate(w):
+                for i, x in enumerate(old):
                     z = mt.noise_ref(x.numel(), i, 9).float().as_strided(x.shape, x.stride())
                     want.append(x + 0.5 * z)
-                mt.noise_(w, 0.5, 9, chunk=64)
             else:
-                want = [x + (y - x) / 3 for x, y in zip(w, d)]
                 mt.running_mean_(w, d, 3, chunk=64)
-            for x, y in zip(w, want):
-                torch.testing.assert_close(x, y, rtol=0, atol=1e-5 if name == "noise" else 0)
-            self.assertTrue(same([buffer[~touched]], [before[~touched]]))
-            self.assertFalse((buffer == before)[touched].any())
-            mt.restore_(saved, chunk=64)
+                want = [x + (y - x) / 3 for x, y in zip(old, d)]
+            torch.testing.assert_close(w, want, rtol=0, atol=1e-5 if name == "noise" else 0)
+            self.assertTrue(same([buffer[around]], [before[around]]))
 
-    def test_gaps_other_orders_dtypes_and_devices_are_refused(self):
+    def test_gaps_other_orders_dtypes_devices_and_chunks_are_refused(self):
         buffer = randn([300], seed=3)[0]
         column = buffer[:20].view(4, 5)[:, 1]
         row = buffer[:12].view(3, 4)
         for w, d in ((column, column.clone()), (row, row.T.contiguous().T), (row, row.view(4, 3)),
                      (buffer[:1].expand(5), torch.ones(5))):
-            saved = []
-            self.assertRaisesRegex(ValueError, "gaps or another order", mt.ascent_, [w], [d], 1.0, saved)
-            self.assertTrue(same([buffer], randn([300], seed=3)) and not saved)
-        self.assertRaisesRegex(ValueError, "float64", mt.global_norm, [torch.ones(3).double()])
+            self.assertRaisesRegex(ValueError, "gaps or another order", mt.ascent_, [w], [d], 1.0, [])
+        for chunk in (0, 8, 48, -64, 64.0):
+            self.assertRaisesRegex(ValueError, "power of two from 16", mt.noise_, [row], 1.0, 0, chunk)
+            self.assertRaisesRegex(ValueError, "power of two from 16", adamw.adamw_, [], None, chunk)
+        with mock.patch.object(mt, "INTERPRETED", False):
+            self.assertRaisesRegex(ValueError, "on cpu: .*GPU tensors", sam.operations, [row], True)
+        self.assertRaises(AssertionError, mt.restore_, [(row, row.bfloat16())])
+        self.assertRaises(AssertionError, mt.running_mean_, [row.bfloat16()], [row], 3)
+        self.assertTrue(same([buffer], randn([300], seed=3)))
         self.assertIn("gaps", mt.usable([column]))
         self.assertIn("float64", mt.usable([torch.ones(3).double()]))
         self.assertIsNone(mt.usable([row.T, torch.ones(()), torch.ones(2, 0, 3), row[None, :, None]]))
-        with mock.patch.object(mt, "INTERPRETED", False):
-            self.assertRaisesRegex(ValueError, "on cpu: .*GPU tensors", mt.noise_, [row], 1.0, 0)
-            self.assertRaisesRegex(ValueError, "on cpu: .*GPU tensors", sam.operations, [row], True)
 
-    def test_a_chunk_that_is_no_power_of_two_from_16_is_refused(self):
-        w = randn([5])
-        saved = [(w[0], w[0])]
-        row = (*adam_rows([5], (FULL,) * 4)[0], adamw.scalars(1, 0.1, (0, 0), 0, 0), 0, 1)
-        calls = [(mt.global_norm, w), (mt.ascent_, w, w, 1.0, []), (mt.restore_, saved),
-                 (mt.noise_, w, 1.0, 0), (mt.running_mean_, w, w, 1), (adamw.adamw_, [row])]
-        for (work, *args), chunk in itertools.product(calls, (0, 8, 48, 100, -64, 64.0)):
-            with self.assertRaisesRegex(ValueError, "power of two from 16, got"):
-                work(*args, chunk=chunk)
-        self.assertTrue(saved and same(w, randn([5])))
-
-    def test_sam_with_frozen_tied_gradientless_and_mixed_parameters(self):
-        a = torch.nn.Parameter(torch.ones(3))
-        frozen = torch.nn.Parameter(torch.ones(3), requires_grad=False)
-        b = torch.nn.Parameter(torch.ones(2, dtype=HALF))
-        none = torch.nn.Parameter(torch.ones(2))
-        s = sam.SAM([a, frozen, b, a, none], 5.0, triton=True)
-        a.grad = torch.full((3,), 2.0)
-        b.grad = torch.full((2,), 3.0).bfloat16()
-        norm = math.sqrt(3 * 4 + 2 * 9)
-        with launches() as names, s.perturbed():
-            torch.testing.assert_close(a.detach(), torch.full((3,), 1 + 5 * 2 / norm))
-            self.assertLessEqual(ulps(b.detach(), torch.full((2,), 1 + 5 * 3 / norm).bfloat16()), 1)
-            none.grad = torch.ones(2)
-        self.assertEqual([x.unique().tolist() for x in (a, b, none, frozen)], [[1]] * 4)
-        self.assertEqual(Counter(names), {"_sumsq_kernel": 2, "_ascent_kernel": 2, "_copy_kernel": 2})
-        w = torch.zeros(4)
-        g = torch.ones(4)
-        mt.ascent_([w, w], [g, g], 1.0, [])                     # the same tensor twice moves once, by rho
-        self.assertAlmostEqual(w.norm().item(), 1.0, places=6)
-
-    def test_zero_and_non_finite_gradients_move_nothing_and_are_told(self):
-        for bad, dtype in itertools.product((0.0, math.nan, math.inf, -math.inf), (FULL, HALF)):
-            w = randn([70, 5], dtype)
-            before = copies(w)
-            g = list(map(torch.zeros_like, w))
-            g[0][66] = bad
-            saved = []
-            with np.errstate(invalid="ignore"):
-                stats = mt.ascent_(w, g, 0.1, saved, chunk=64)
-            self.assertTrue(same(w, before))
-            self.assertEqual((stats["applied_norm"], stats["cosine"]), (0, 0))
-            self.assertEqual(str(stats["norm"].item()), str(abs(bad)))
-            mt.restore_(saved, chunk=64)
-            self.assertTrue(same(w, before))
-
-    def test_restore_copies_bits_even_of_nans_and_only_within_a_dtype(self):
-        words = torch.tensor([0x7fc00001, 0x7f800001, -1, 0, -2**31, 0x7f800000]).int()
-        for old in (words.view(FULL), words.view(HALF)):
-            w = torch.zeros_like(old)
-            mt.restore_([(w, old)])
-            self.assertTrue(same([w], [old]))
-        self.assertRaises(AssertionError, mt.restore_, [(randn([5], HALF)[0], randn([5])[0])])
-
-    def noise(self, seed, chunk, dtype=FULL):
-        w = [torch.zeros(n, dtype=dtype) for n in (0, 1, 7, 65, 200)]
-        mt.noise_(w, 0.5, seed, chunk=chunk)
-        return w
-
-    def test_noise_follows_seed_tensor_and_element_alone(self):
+    def test_noise_follows_seed_tensor_and_element_alone_and_tells_what_rounding_left(self):
+        """In bf16 a sigma of 1e-4 on weights of about 1 moves few of them, a lot each."""
         seed = 2**62 + 3
-        one = self.noise(seed, 64)
-        for tensor, w in enumerate(one):
-            want = 0.5 * mt.noise_ref(w.numel(), tensor, seed)
-            torch.testing.assert_close(w.double(), want, rtol=0, atol=2e-6)
-        self.assertTrue(same(one, self.noise(seed, 16)) and same(one, self.noise(seed, mt.CHUNK)))
-        self.assertLessEqual(ulps(flat(self.noise(seed, 64, HALF)), flat(one).bfloat16()), 1)
-        self.assertFalse(torch.equal(one[4], self.noise(seed + 1, 64)[4]))
-        self.assertNotEqual(one[3][0], one[4][0])
-        z = mt.noise_ref(200_000, 3, 5)
-        self.assertAlmostEqual(z.std().item(), 1, delta=0.01)               # 6 standard errors
-        self.assertAlmostEqual(z.mean().item(), 0, delta=0.014)
-        self.assertAlmostEqual((z[:-1] * z[1:]).mean().item(), 0, delta=0.014)
-
-    def test_noise_tells_its_norm_and_what_rounding_left_of_it(self):
-        """Beside noise_ref: in bf16 a sigma of 1e-4 on weights of about 1 moves few of them, a lot each."""
-        sizes = [*SIZES, mt.CHUNK + 70]
-        draws = [mt.noise_ref(n, i, 7) for i, n in enumerate(sizes)]
-        z = torch.cat(draws)
-        for dtypes, sigma, chunk in (((FULL,), 0.5, 64), ((HALF,), 1e-4, 256), ((FULL, HALF), 0.1, mt.CHUNK)):
+        moved = []
+        for sizes, dtypes, sigma, chunk in (
+                (SIZES, (FULL,), 0.5, 64), (SIZES, (FULL,), 0.5, 16), (SIZES, (HALF,), 1e-4, 256),
+                (LARGE, (FULL, HALF), 0.1, mt.CHUNK)):
             w = [x.to(dtypes[i % len(dtypes)]) for i, x in enumerate(randn(sizes))]
-            before = copies(w)
-            with nothing_read_back(), launches() as names:
-                stats = mt.noise_(w, sigma, 7, chunk=chunk)
-            self.assertEqual(names, ["_noise_kernel"] * len(dtypes))
-            step = torch.cat([x.double() - old.double() for x, old in zip(w, before)])
-            self.assertAlmostEqual(stats["norm"].item() / z.norm().item(), 1, places=5)
-            self.assertAlmostEqual(stats["applied_norm"].item() / step.norm().item(), 1, places=5)
-            self.assertAlmostEqual(stats["cosine"].item(), (step @ z / step.norm() / z.norm()).item(), places=5)
-            if sigma == 1e-4:
-                self.assertLess(stats["cosine"], 0.5)
-            again = copies(before)
-            self.assertTrue(same(mt.noise_(again, sigma, 7, chunk=chunk).values(), stats.values()))
-        still = mt.noise_(w, 0.0, 7)
-        self.assertEqual((still["applied_norm"], still["cosine"]), (0, 0))
-        self.assertAlmostEqual(still["norm"].item() / z.norm().item(), 1, places=5)
-        self.assertEqual(mt.noise_([], 1.0, 0)["norm"], 0)
-
-    def test_running_mean_is_exact_for_any_dtype(self):
-        for dtype in (FULL, HALF):
-            mean = randn(SIZES, seed=1)
-            params = randn(SIZES, dtype, 2)
-            want = [m + (p.float() - m) / 3 for m, p in zip(mean, params)]
-            mt.running_mean_(mean, params, 3, chunk=64)
-            self.assertTrue(same(mean, want))
-        self.assertRaises(AssertionError, mt.running_mean_, randn([5], HALF), randn([5]), 3)
+            old = copies(w)
+            z = [mt.noise_ref(n, i, seed) for i, n in enumerate(sizes)]
+            stats = mt.noise_(w, sigma, seed, chunk=chunk)
+            for new, x, draw in zip(w, old, z):
+                rtol = 2**-7 if new.dtype == HALF else 0
+                torch.testing.assert_close(new.double(), x + sigma * draw, rtol=rtol, atol=2e-6)
+            step = torch.cat([new.double() - x.double() for new, x in zip(w, old)])
+            check_stats(stats, step, torch.cat(z))
+            self.assertEqual(stats["cosine"].item() < 0.5, sigma == 1e-4)
+            moved.append(w)
+        self.assertTrue(same(moved[0], moved[1]))                              # whatever the chunk
+        z = mt.noise_ref(200_000, 3, 5)
+        for found, want in ((z.std(), 1), (z.mean(), 0), ((z[:-1] * z[1:]).mean(), 0)):
+            self.assertAlmostEqual(found.item(), want, delta=0.014)            # 6 standard errors
 
     def test_more_than_2_to_the_31_elements(self):
-        """The map of fake sizes against a loop, and a kernel on the last chunk of a tensor of 2**35 + 7."""
+        """The map of fake sizes by a loop, and a kernel on the last chunk of a tensor of 2**35 + 7."""
         sizes = (3 * 2**30, 0, 5, 2**32 + 1)
-        want = []
-        for tensor, size in enumerate(sizes):
-            want += [(tensor, start) for start in range(0, size, 2**20)]
+        want = [(tensor, i) for tensor, size in enumerate(sizes) for i in range(0, size, 2**20)]
         for module in (mt, adamw):
             owner, start = module.chunk_map(sizes, torch.device("cpu"), 2**20)
             self.assertEqual(list(zip(owner.tolist(), start.tolist())), want)
@@ -928,64 +811,46 @@ class Kernels(unittest.TestCase):
                 torch.zeros(1, dtype=torch.int32), torch.tensor([start])]
         part = torch.zeros(1, 3)
         mt._noise_kernel[(1,)](*head, part, 5, 1.0, A=mt.tl.float32, ALIGNED=False, CHUNK=64, BLOCK=64)
-        q = torch.arange(start // 4, start // 4 + 2)
-        words = torch.stack(mt.philox_ref(5, q & 0xFFFFFFFF, q >> 32, q * 0 + 11, q * 0))
-        u = torch.where(words < 2**31, words, 2**32 - 1 - words) / 2**31
-        radius = (-2 * u[0::2].clamp(min=1e-7).log()).sqrt()
-        angle = 2 * math.pi * u[1::2]
-        z = torch.stack([radius[0] * angle[0].cos(), radius[0] * angle[0].sin(),
-                         radius[1] * angle[1].cos(), radius[1] * angle[1].sin()], 1).flatten()[:7]
-        torch.testing.assert_close(buffer, z, rtol=0, atol=1e-5)
+        torch.testing.assert_close(buffer.double(), mt.noise_ref(7, 11, 5, start), rtol=0, atol=1e-5)
         torch.testing.assert_close(part[0], buffer.square().sum().expand(3))      # step = z here
 
-    def test_each_operation_is_one_launch_a_pair_of_dtypes(self):
-        w = randn([3, 70, 1, 130], seed=1) + randn([5, 80, 2], HALF, 2)
-        g = list(map(torch.ones_like, w))
-        calls = [("_sumsq_kernel", mt.global_norm, g), ("_copy_kernel", mt.restore_, list(zip(w, g))),
-                 ("_noise_kernel", mt.noise_, w, 0.1, 1),
-                 ("_copy_kernel", mt.running_mean_, [x.float() for x in w], w, 2)]
-        for kernel, work, *args in calls:
-            with launches() as names:
-                work(*args, chunk=64)
-            self.assertEqual(names, [kernel] * 2)
-        with launches() as names:
-            mt.ascent_(w, g, 0.1, [], linf=True, chunk=64)
-        self.assertEqual(names, ["_ascent_kernel"] * 2)
-        params = list(map(torch.nn.Parameter, w))
-        optimizer = adamw.AdamW([{"params": params[:2], "lr": 0.1}, {"params": params[2:]}], triton=True)
-        for p in params:
-            p.grad = torch.ones_like(p)
-        with launches() as names:
-            optimizer.step()
-        self.assertEqual(names, ["_adamw_kernel"] * 2)
+    def test_each_operation_is_one_launch_a_pair_of_dtypes_and_reads_nothing_back(self):
+        params = list(map(torch.nn.Parameter, randn([3, 70, 1, 130]) + randn([5, 80, 2], HALF)))
 
-    def test_nothing_is_read_back_between_ascent_and_restore(self):
-        params = list(map(torch.nn.Parameter, randn([3, 70]) + randn([5], HALF)))
-        s = sam.SAM(params, 0.1, triton=True)
-        for p in params:
-            p.grad = torch.ones_like(p)
-        with nothing_read_back():
-            with s.perturbed():
-                for p in params:
-                    p.grad = torch.ones_like(p)
-            self.assertRaisesRegex(AssertionError, "item", s.stats["norm"].item)
-            self.assertRaisesRegex(AssertionError, "__bool__", bool, s.stats["norm"] > 0)
+        def backward():
+            for p in params:
+                p.grad = torch.ones_like(p)
+
+        def there_and_back(norm):
+            backward()
+            with sam.SAM(params, 0.1, norm, triton=True).perturbed() as smoother:
+                backward()
+            self.assertRaisesRegex(AssertionError, "item", smoother.stats["norm"].item)   # guarded
+        mean = [p.detach().float() for p in params]
+        fours = adam_rows([3, 70], (FULL,) * 4) + adam_rows([5, 8], (HALF,) * 4)
+        rows = [(*four, adamw.scalars(1, 0.1, (0.9, 0.9), 1e-8, 0), 0, 1) for four in fours]
+        for kernels, work, *args in (("noise", mt.noise_, params, 0.1, 1), ("adamw", adamw.adamw_, rows),
+                                     ("sumsq ascent copy", there_and_back, "l2"),
+                                     ("ascent copy", there_and_back, "linf"),
+                                     ("copy", mt.running_mean_, mean, params, 2)):
+            with launches() as names:
+                work(*args)
+            self.assertEqual(names, [f"_{kernel}_kernel" for kernel in kernels.split() for _ in "12"])
 
     def test_whatever_is_raised_the_weights_come_back_bit_for_bit(self):
         launch = mt._launch
-        errors = (KeyboardInterrupt("Ctrl-C"), torch.OutOfMemoryError("full"), RuntimeError("other"))
+        errors = (KeyboardInterrupt("Ctrl-C"), RuntimeError("other"))
         for error, where in itertools.product(errors, ("body", "before", "second", "after")):
-            params = list(map(torch.nn.Parameter, randn([70, 9], seed=1) + randn([5], HALF, 2)))   # 2 launches
+            params = list(map(torch.nn.Parameter, randn([70, 9]) + randn([5], HALF)))       # 2 launches
             before = copies(params)
-            ascents = []
+            ascents = iter(("before", "second"))
 
             def failing(kernel, *args, **kwargs):
-                if kernel is mt._ascent_kernel:
-                    ascents.append(kernel)
-                    if where == "before" or where == "second" and len(ascents) == 2:
-                        raise error
+                moves = kernel is mt._ascent_kernel
+                if moves and next(ascents) == where:
+                    raise error
                 launch(kernel, *args, **kwargs)
-                if where == "after" and kernel is mt._ascent_kernel:
+                if moves and where == "after":
                     raise error
             s = sam.SAM(params, 0.5, triton=True)
             for p in params:
@@ -994,200 +859,151 @@ class Kernels(unittest.TestCase):
                 with s.perturbed():
                     self.assertFalse(same(params, before))
                     raise error
-            self.assertTrue(same(params, before), (error, where))
-            self.assertEqual(s.saved, [])
+            self.assertTrue(same(params, before) and not s.saved, (error, where))
 
-    def smoothed(self, make, net, triton):
-        """The gradient that the second call of a smoother leaves."""
-        smoother = make(net.params, triton)
-        for _ in range(2):
-            sam.take_grads(net.params)
-            args = [net.closure] * (2 if isinstance(smoother, sam.Lookahead) else 1)
-            smoother(*args)
-        return flat(sam.take_grads(net.params).values())
-
-    def test_smoothers_by_kernels_agree_with_those_in_torch(self):
-        makes = [
-            lambda p, t: sam.SAM(p, 0.3, triton=t),
-            lambda p, t: sam.SAM(p, 0.3, perturb=p[1:], flip=True, triton=t),
-            lambda p, t: sam.SAM(p, 0.1, "linf", triton=t),
-            lambda p, t: sam.Momentum(p, 0.1, "linf", triton=t),
-            lambda p, t: sam.Momentum(p, 0.1, triton=t),
-            lambda p, t: sam.Lookahead(p, 0.1, "linf", p[1:], True, steps=2, triton=t),
-            lambda p, t: sam.Lookahead(p, 0.1, steps=2, triton=t),
-            lambda p, t: sam.GP(p, 0.5, 0.3, triton=t),
-            lambda p, t: sam.CR(p, 0.2, 0.3, 0.2, triton=t)]
-        for make in makes:
-            one = Tiny()
-            other = Tiny()
-            ours = self.smoothed(make, one, True)
-            torch.testing.assert_close(ours, self.smoothed(make, other, False), rtol=1e-5, atol=1e-6)
-            self.assertTrue(same(one.params, other.params))
-        net = Tiny()                                                         # the noise is Philox's here
-        want = 0
-        for draw in (2, 3):
-            there = Tiny()
-            for i, p in enumerate(there.params):
-                p.data += 0.2 * mt.noise_ref(p.numel(), i, sam.draw_seed(5, draw)).float().view(p.shape)
-            want = want + there.gradient() / 2
-        got = self.smoothed(lambda p, t: sam.RS(p, 0.2, 2, seed=5, triton=t), net, True)
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-        ours = sam.WA(net.params, triton=True)
-        theirs = sam.WA(net.params, triton=False)
-        for factor in (1.0, 1.7, 0.3):
-            net.params[0].data.mul_(factor)
-            ours.update()
-            theirs.update()
-        self.assertTrue(same(ours.mean, theirs.mean))
-
-    def steps(self, kernels, optimizer, **flags):
-        net = Tiny(3)
-        s = sam.SAM(net.params, 0.2, triton=kernels)
-        o = optimizer(net.params, lr=0.03, weight_decay=0.1, **flags)
-        for _ in range(20):
-            s(net.closure)
-            o.step()
-            o.zero_grad()
-        return flat(net.params)
-
-    def test_20_sam_steps_are_the_same_bit_for_bit_with_and_without_triton(self):
-        """With one definition of the norm and of AdamW. torch's norm sums in another order, and
-        torch.optim.AdamW fuses multiply and add: the last bits differ."""
-        kernels = self.steps(True, adamw.AdamW, triton=True)
-        with mock.patch.object(sam, "global_norm", mt.global_norm):
-            self.assertTrue(same([kernels], [self.steps(False, adamw.AdamW, triton=False)]))
-        self.assertGreater((kernels - flat(Tiny(3).params)).abs().max(), 0.3)
-        plain = self.steps(False, torch.optim.AdamW)
-        torch.testing.assert_close(kernels, plain, rtol=0, atol=2e-6)
+    def test_smoothers_by_kernels_are_bit_for_bit_those_in_torch(self):
+        """With the kernels' norm, as torch's sums in another order; those with noise nearly."""
+        def noise(params, sigma, seed):
+            """Philox's, as of the kernels."""
+            for i, p in enumerate(params):
+                p.data += sigma * mt.noise_ref(p.numel(), i, seed).float().view(p.shape)
+            return {"norm": torch.zeros(())}
+        one = Network(dtype=FULL)
+        other = Network(dtype=FULL)
+        with mock.patch.multiple(sam, noise_=noise, global_norm=mt.global_norm):
+            for (ours, _), (theirs, _) in zip(every_smoother(one.params, triton=True),
+                                              every_smoother(other.params, triton=False)):
+                for _ in range(2):                                   # the second with momentum
+                    got = one.smoothed(functools.partial(call, ours))
+                    want = other.smoothed(functools.partial(call, theirs))
+                near = 1e-5 if hasattr(ours, "draws") else 0
+                torch.testing.assert_close(got, want, rtol=near, atol=near)
+                self.assertTrue(same(one.params, other.params))
 
     def test_the_path_is_torch_unless_a_gpu_the_interpreter_or_the_caller_says_so(self):
         p = torch.ones(3)
         self.assertEqual(sam.operations([p])[0].__name__, "torch")
-        self.assertEqual(sam.operations([p], False)[0].__name__, "torch")
         self.assertIs(sam.operations([p], True)[0], mt)
         with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
             self.assertIs(sam.operations([p])[0], mt)
+            self.assertEqual(sam.operations([p], False)[0].__name__, "torch")
             self.assertEqual(sam.operations([p.double()])[0].__name__, "torch")
-        self.assertRaisesRegex(ValueError, "float64", sam.SAM, [torch.nn.Parameter(p.double())], triton=True)
+        self.assertRaisesRegex(ValueError, "float64", sam.operations, [p.double()], True)
 
     def test_without_a_c_compiler_usable_says_what_to_do_after_one_trial_a_device(self):
-        """A GPU is pretended: tensors say that they lie on one, and every launch meets what Triton raises."""
-        tensors = randn([5, 6])
-        missing = RuntimeError("Failed to find C compiler.\nPlease specify")
-        for error in (missing, None):
+        """Tensors say that they lie on a GPU, and every launch meets what Triton raises."""
+        self.addCleanup(mt._trial.cache_clear)
+        missing = RuntimeError("Failed to find C compiler.\nPlease")
+        for error, want in ((missing, "RuntimeError: Failed to find C compiler.*gcc"), (None, "None")):
             mt._trial.cache_clear()
             with mock.patch.object(torch.Tensor, "is_cuda", True), \
                     mock.patch.object(mt, "INTERPRETED", False), \
                     mock.patch.object(mt, "_launch", side_effect=error) as launch:
-                said = [mt.usable(tensors) for _ in range(3)]
-                self.assertEqual(launch.call_count, 1)
-                self.assertIn("float64", mt.usable([tensors[0].double()]))
-            if error:
-                self.assertRegex(said[0], r"cannot compile here \(RuntimeError: Failed to find C compiler.\): "
-                                          "install a C compiler such as gcc, or use triton=False")
-            self.assertEqual(said, [said[0] if error else None] * 3)
-        mt._trial.cache_clear()
+                for _ in range(3):
+                    self.assertRegex(str(mt.usable(randn([5, 6]))), want)
+            self.assertEqual(launch.call_count, 1)
 
     def test_fsdp_shards_act_as_the_whole_model(self):
         """Two processes, each with half of every tensor, and of the last bias one with nothing."""
         code = """if True:
-            import sys, torch, sam
+            import copy, os, sys, torch, sam
             from torch.distributed.fsdp import fully_shard
-            rank, store = int(sys.argv[1]), f"file://{sys.argv[2]}"
-            torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-            mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
             mt, adamw = sam.kernel_file("multi_tensor"), sam.kernel_file("adamw")
-            def make():
-                return torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+            rank = int(os.fork() == 0)
+            file = "file://" + sys.argv[1]
+            torch.distributed.init_process_group("gloo", init_method=file, rank=rank, world_size=2)
+            mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
             torch.manual_seed(0)
-            whole, split, x = make(), make(), torch.randn(8, 5)
-            split.load_state_dict(whole.state_dict())
+            whole = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+            split = copy.deepcopy(whole)
+            x = torch.randn(8, 5)
             for module in (split[0], split[2], split):
                 fully_shard(module, mesh=mesh)
             def gathered():
                 return [q.full_tensor().detach().clone() for q in split.parameters()]
             def check():
-                for p, q in zip(whole.parameters(), gathered()):
-                    torch.testing.assert_close(p.detach(), q, rtol=1e-6, atol=1e-7)
+                torch.testing.assert_close([p.detach() for p in whole.parameters()], gathered(),
+                                           rtol=1e-6, atol=1e-7)
+            jobs = []
+            for model, triton in ((whole, False), (split, True)):
+                params = list(model.parameters())
+                jobs.append((model, sam.SAM(params, 0.3, triton=triton),
+                             adamw.AdamW(params, lr=0.1, triton=triton)))
             before = gathered()
-            one, other = sam.SAM(whole.parameters(), 0.3, triton=False), sam.SAM(split.parameters(), 0.3)
-            assert other.ops is not one.ops and other.ops.__name__ == "multi_tensor"
-            opts = [adamw.AdamW(m.parameters(), lr=0.1) for m in (whole, split)]
-            opts[1].triton = True
-            for step in range(2):
-                for m, s in ((whole, one), (split, other)):
-                    m(x).square().mean().backward()
-                    s.ascent()
-                check()
-                assert not torch.equal(before[0], gathered()[0])
-                for k in one.stats:
-                    torch.testing.assert_close(one.stats[k], other.stats[k], rtol=1e-5, atol=0)
-                for m, s in ((whole, one), (split, other)):
-                    m(x).square().mean().backward()
-                    s.restore()
-                if not step:
+            for model, smoother, _ in jobs:
+                model(x).square().mean().backward()
+                smoother.ascent()
+            check()
+            assert not torch.equal(before[0], gathered()[0])
+            for k, value in jobs[0][1].stats.items():
+                torch.testing.assert_close(value, jobs[1][1].stats[k], rtol=1e-5, atol=0)
+            for model, smoother, optimizer in jobs:
+                model(x).square().mean().backward()
+                smoother.restore()
+                if model is split:
                     assert all(map(torch.equal, before, gathered()))
-                for o in opts:
-                    o.step()
-                    o.zero_grad()
-                check()
+                optimizer.step()
+            check()
             before = gathered()
             stats = mt.noise_(list(split.parameters()), 1.0, 3)
             moved = [a - b for a, b in zip(gathered(), before)]
             a, b = moved[0].chunk(2)
             assert not torch.allclose(a, b, atol=0.1), "both shards drew the same noise"
             norm = torch.cat([t.flatten() for t in moved]).norm()
-            for k in ("norm", "applied_norm"):
-                torch.testing.assert_close(stats[k], norm, rtol=1e-5, atol=0)
+            torch.testing.assert_close(stats["norm"], norm, rtol=1e-5, atol=0)
             torch.distributed.destroy_process_group()
             print("fine")
         """
         with tempfile.TemporaryDirectory() as folder:
-            env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-            runs = []
-            for rank in "01":
-                runs.append(subprocess.Popen([sys.executable, "-c", code, rank, f"{folder}/store"], env=env,
-                                             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
-            for run in runs:
-                out, err = run.communicate(timeout=120)
-                self.assertEqual(out.strip(), "fine", err)
-
-    def test_every_kernel_file_works_copied_out_alone(self):
-        code = """if True:
-            import sys, torch
-            sys.path[:0] = ["a", "b"]
-            import adamw, multi_tensor
-            w, g, saved = torch.ones(5), torch.ones(5), []
-            multi_tensor.ascent_([w], [g], 1.0, saved)
-            assert abs(w[0] - 1 - 5 ** -0.5) < 1e-6
-            multi_tensor.restore_(saved)
-            p = torch.nn.Parameter(w)
-            p.sum().backward()
-            adamw.AdamW([p], lr=0.1, weight_decay=0.0, triton=True).step()
-            assert abs(p[0] - 0.9) < 1e-6, p
-            print(adamw.__file__, multi_tensor.__file__)
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            for name in ("a/adamw.py", "b/multi_tensor.py"):
-                path = Path(folder, name)
-                path.parent.mkdir()
-                shutil.copy(ROOT / "kernels" / path.name, path)
-            out = run_code(code, folder=folder, TRITON_INTERPRET="1", PYTHONPATH="")
-            self.assertEqual(out.count(folder), 2)
+            run = in_python(code, f"{folder}/store", TRITON_INTERPRET="1")
+        self.assertEqual(run.stdout.count("fine"), 2, run.stderr)
 
     def test_the_report_passes_what_is_shipped_and_misses_narrow_accesses(self):
         code = """if True:
-            import json, report
-            variant = report.variants()[0]
-            rows = [report.compiled(variant, target, aligned) for target in report.TARGETS[1::2]
-                    for aligned in (True, False)]
-            print(json.dumps([(row, report.misses(row)) for row in rows]))
+            import sys
+            sys.path.append("kernels")
+            import report
+            for target in report.TARGETS[1::2]:
+                for aligned in (True, False):
+                    row = report.compiled(report.variants()[0], target, aligned)
+                    print(row["kernel"], row["target"], row["access_bytes"], report.misses(row))
         """
-        rows = json.loads(run_code(code, folder=ROOT / "kernels"))
-        self.assertEqual([(row["target"], missed) for row, missed in rows],
-                         [("sm_90", False), ("sm_90", True), ("gfx942", False), ("gfx942", True)])
-        self.assertEqual({row["kernel"] for row, _ in rows}, {"norm bf16"})
-        self.assertEqual([row["access_bytes"] for row, _ in rows], [16, 2, 16, 2])
+        run = in_python(code)
+        want = ["sm_90 16 False", "sm_90 2 True", "gfx942 16 False", "gfx942 2 True"]
+        self.assertEqual(run.stdout.splitlines(), [f"norm bf16 {row}" for row in want], run.stderr)
+
+    def test_every_file_works_copied_out_alone_and_without_triton(self):
+        code = """if True:
+            import sys
+            sys.path[:1] = sys.argv[1:]                                 # instead of this tree
+            sys.modules["triton"] = None                                # as where it is not installed
+            import torch, unittest, adamw, sam
+            p = torch.nn.Parameter(torch.ones(3))
+            p.grad = torch.ones(3)
+            with sam.SAM([p], 3**0.5).perturbed():
+                print(p[0].item())
+            p.grad = torch.ones(3)
+            adamw.AdamW([p], lr=0.5, weight_decay=0.0).step()
+            print(round(p[0].item(), 3), sam.operations([p]))
+            unittest.TestCase().assertRaises(ValueError, adamw.AdamW, [p], triton=True)
+            del sys.modules["triton"], sys.modules["adamw"]
+            import adamw, multi_tensor as mt
+            adamw.AdamW([p], lr=0.25, weight_decay=0.0, triton=True).step()
+            saved = []
+            mt.ascent_([p], [torch.ones(3)], 3**0.5, saved)
+            print(round(p[0].item(), 3))
+            mt.restore_(saved)
+            print(round(p[0].item(), 3))
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            paths = []
+            for name in ("sam.py", "kernels/adamw.py", "kernels/multi_tensor.py"):
+                paths.append(Path(folder, Path(name).stem))
+                paths[-1].mkdir()
+                shutil.copy(ROOT / name, paths[-1])
+            run = in_python(code, *paths, TRITON_INTERPRET="1")
+        want = r"^2.0\n0.5 .*'torch'.*multi_tensor.py.*\n1.25\n0.25\n$"
+        self.assertRegex(run.stdout, want, run.stderr)
 
 
 def adam_rows(sizes, dtypes, seed=0):
@@ -1196,48 +1012,39 @@ def adam_rows(sizes, dtypes, seed=0):
     for i, n in enumerate(sizes):
         scales = (0.02, 1, 0.5, 1)
         row = [randn([n], d, seed + 10 * i + j, scales[j])[0] for j, d in enumerate(dtypes)]
-        row[3].abs_()
-        rows.append(row)
+        rows.append([*row[:3], row[3].abs()])
     return rows
 
 
 @unittest.skipUnless(triton, "triton is not installed here")
 class AdamW(unittest.TestCase):
     def test_the_kernel_is_the_reference_bit_for_bit(self):
-        """In bf16 within 1 ulp where it rounds to nearest, as the interpreter cuts off fp32 instead."""
-        for dtypes, seed in (((FULL,) * 4, None), ((FULL,) * 4, 5), ((HALF, HALF, FULL, FULL), 5),
+        for dtypes, seed in (((FULL,) * 4, 5), ((HALF, HALF, FULL, FULL), 5),
                              ((HALF, FULL, FULL, FULL), None), ((HALF,) * 4, 2**62 + 5)):
             ours = adam_rows(SIZES, dtypes)
-            buffer = torch.zeros(400, dtype=dtypes[0])                  # a transposed weight off alignment
+            buffer = torch.zeros(400, dtype=dtypes[0])              # a transposed weight off alignment
             last = [x.view(6, 13).T for x in adam_rows([78], dtypes, 9)[0]]
             last[0] = buffer[1:79].view(6, 13).T.copy_(last[0])
             ours.append(last)
             theirs = list(map(copies, ours))
-            again = list(map(copies, ours))
-            rests = []
-            for t in range(len(ours)):
-                rests.append((adamw.scalars(t + 1, 5e-6, (0.9, 0.99), 1e-8, 0.1), t, t + 1))
+            rests = [(adamw.scalars(t + 1, 5e-6, (0.9, 0.99), 1e-8, 0.1), t, t + 1)
+                     for t in range(len(ours))]
             adamw.adamw_([(*row, *rest) for row, rest in zip(ours, rests)], seed, chunk=64)
-            adamw.adamw_([(*row, *rest) for row, rest in zip(again, rests)], seed, chunk=16)
-            self.assertTrue(same(sum(ours, []), sum(again, [])))
             for row, other, rest in zip(ours, theirs, rests):
                 adamw.adamw_ref(*other, *rest, seed)
-                for i, (a, b) in enumerate(zip(row, other)):
-                    exact = a.dtype == FULL or (i == 0 and seed)
-                    self.assertLessEqual(ulps(a, b), 0 if exact else 1, (dtypes, i))
+                agree(row[:1], other[:1], exact=seed)
+                agree(row[1:], other[1:])
             self.assertTrue(buffer[1:79].any() and not buffer[:1].any() and not buffer[79:].any())
 
     def test_other_orders_and_dtypes_are_refused(self):
         w, g, m, v = adam_rows([20], (FULL,) * 4)[0]
         rest = (adamw.scalars(1, 1, (0, 0), 0, 0), 0, 1)
-        for row, why in (((w.view(4, 5).T, g, m, v), "strides"), ((w[::2], g[::2], m[::2], v[::2]), "strides"),
+        for row, why in (((w.view(4, 5).T, g, m, v), "strides"), ((w[::2], g[::2], m, v), "strides"),
                          ((w.double(), g, m, v), "float64"), ((w, g, m.bfloat16(), v), "bfloat16")):
             self.assertRaisesRegex(ValueError, why, adamw.adamw_, [(*row, *rest)])
-        p = torch.nn.Parameter(w)
-        p.grad = g
         with mock.patch.object(adamw, "INTERPRETED", False):
-            self.assertRaisesRegex(ValueError, "GPU tensors", adamw.AdamW([p], triton=True).step)
-        self.assertRaises(ValueError, adamw.AdamW, [p], lr=-1.0)
+            self.assertRaisesRegex(ValueError, "GPU tensors", adamw.adamw_, [(w, g, m, v, *rest)])
+        self.assertRaises(ValueError, adamw.AdamW, [torch.nn.Parameter(w)], lr=-1.0)
 
     def groups(self, params):
         return [{"params": params[:1], "lr": 0.01, "weight_decay": 0.3},
@@ -1247,8 +1054,8 @@ class AdamW(unittest.TestCase):
         """Groups with rates and decays of their own, and a parameter that has no gradient at first."""
         params = list(map(torch.nn.Parameter, randn([30, 5, 9], scale=0.1)))
         exact = [torch.nn.Parameter(p.detach().double()) for p in params]
-        for triton in (False, True):
-            one = adamw.AdamW(self.groups(params), triton=triton)
+        for path in PATHS:
+            one = adamw.AdamW(self.groups(params), triton=path)
             other = torch.optim.AdamW(self.groups(exact))
             for step in range(4):
                 for i, (p, q) in enumerate(zip(params, exact)):
@@ -1265,62 +1072,27 @@ class AdamW(unittest.TestCase):
             one.zero_grad()
             other.zero_grad()
 
-    def run_on(self, optimizer, p, steps):
-        for step in steps:
-            p.grad = randn([50], HALF, step)[0]
-            optimizer.step()
-
     def test_a_saved_state_goes_on_bit_for_bit_with_its_dtype(self):
+        def run_on(optimizer, p, steps):
+            for step in steps:
+                p.grad = randn([50], HALF, step)[0]
+                optimizer.step()
+            return [p, *optimizer.state[p].values()]
         flags = {"lr": 1e-3, "stochastic_rounding": True, "state_dtype": FULL}
         p = torch.nn.Parameter(randn([50], HALF, scale=0.02)[0])
         first = adamw.AdamW([p], seed=3, **flags)
-        self.run_on(first, p, range(3))
-        q = torch.nn.Parameter(p.detach().clone())
+        run_on(first, p, range(3))
         saved = io.BytesIO()
         torch.save(first.state_dict(), saved)
-        saved.seek(0)
-        second = adamw.AdamW([q], seed=3, **flags)
-        second.load_state_dict(torch.load(saved))
-        self.assertEqual(second.state[q]["exp_avg_sq"].dtype, FULL)
-        self.run_on(first, p, range(3, 6))
-        self.run_on(second, q, range(3, 6))
-        for key in ("exp_avg", "exp_avg_sq"):
-            self.assertTrue(same([p, first.state[p][key]], [q, second.state[q][key]]))
-        other = torch.nn.Parameter(q.detach().clone())
-        self.run_on(adamw.AdamW([other], seed=4, **flags), other, range(1))
-        self.run_on(adamw.AdamW([q], seed=3, **flags), q, range(1))
-        self.assertFalse(torch.equal(q, other))                                   # another seed, other bits
-
-    def test_without_triton_the_torch_path_gives_the_same_and_the_kernel_is_refused(self):
-        code = """if True:
-            import sys, torch
-            sys.modules["triton"] = None                            # as where it is not installed
-            sys.path.insert(0, sys.argv[1])
-            import adamw
-            w, g = torch.load(sys.argv[2])
-            p = torch.nn.Parameter(w)
-            optimizer = adamw.AdamW([p], lr=1e-3, stochastic_rounding=True, state_dtype=torch.float32)
-            p.grad = g
-            optimizer.step()
-            print(optimizer.by_kernel())
-            torch.save([p.detach(), optimizer.state[p]["exp_avg"]], sys.argv[2])
-            for work in (lambda: adamw.AdamW([p], triton=True), lambda: __import__("multi_tensor")):
-                try:
-                    work()
-                except (ValueError, ImportError) as e:
-                    print(type(e).__name__, e)
-        """
-        w, g = randn([200], HALF, 1, 0.02) + randn([200], HALF, 2)
-        p = torch.nn.Parameter(w.clone())
-        p.grad = g
-        optimizer = adamw.AdamW([p], lr=1e-3, stochastic_rounding=True, state_dtype=FULL, triton=True)
-        self.assertTrue(optimizer.by_kernel())
-        optimizer.step()
-        with tempfile.NamedTemporaryFile() as file:
-            torch.save([w, g], file.name)
-            out = run_code(code, ROOT / "kernels", file.name)
-            self.assertTrue(same(torch.load(file.name), [p, optimizer.state[p]["exp_avg"]]))
-        self.assertRegex(out, r"^False\nValueError .*triton cannot be imported here.*\nModuleNotFoundError ")
+        ends = []
+        for seed in (3, 4):
+            saved.seek(0)
+            q = torch.nn.Parameter(p.detach().clone())
+            second = adamw.AdamW([q], seed=seed, **flags)
+            second.load_state_dict(torch.load(saved))
+            ends.append(run_on(second, q, range(3, 6)))
+        self.assertTrue(same(ends[0], run_on(first, p, range(3, 6))))
+        self.assertFalse(same(ends[0][:1], ends[1][:1]))                  # another seed, other bits
 
     def test_stochastic_rounding_is_exact_on_average_and_between_neighbours(self):
         """Over all 65,536 random words the mean of the rounded value is the value, to the last bit."""
@@ -1331,21 +1103,19 @@ class AdamW(unittest.TestCase):
             self.assertEqual(rounded.mean().item(), x.double().item())
             self.assertLessEqual(len(rounded.unique()), 2)
             self.assertIn(x.bfloat16().double(), rounded)
-            self.assertLess((rounded - x).abs().max(), max(x.abs() * 2**-7, 1e-40))
         for b in (0, 65535):
-            got = adamw.stochastic_round_ref(torch.tensor([math.inf, -math.inf, math.nan]), torch.tensor(b).int())
-            self.assertEqual(str(got.tolist()), "[inf, -inf, nan]")
+            x = torch.tensor([0x7f800000, -0x800000, 0x7f800001, 0x7fffffff]).int().view(FULL)
+            rounded = adamw.stochastic_round_ref(x, torch.tensor(b).int())
+            self.assertEqual(str(rounded.tolist()), "[inf, -inf, nan, nan]")
         words = adamw.random_bits_ref(400_000, 2, 7, 1)
         self.assertTrue(0 <= words.min() and words.max() < 65536)
-        self.assertAlmostEqual(words.double().mean().item() / 32767.5, 1, delta=0.005)    # 5 standard errors
         counts = torch.bincount(words // 4096, minlength=16)
-        self.assertLess(((counts - 25_000).double() ** 2 / 25_000).sum(), 45)               # chi2, 15 degrees
+        self.assertLess(((counts - 25_000).double() ** 2 / 25_000).sum(), 45)     # chi2, 15 degrees
         for other in (adamw.random_bits_ref(400_000, 3, 7, 1), adamw.random_bits_ref(400_000, 2, 8, 1)):
             self.assertAlmostEqual(np.corrcoef(words, other)[0, 1], 0, delta=0.01)
 
     def test_bf16_at_a_small_rate_loses_most_steps_to_nearest_and_none_on_average(self):
-        """lr 5e-6 on weights of N(0, 0.02), as language models begin: to nearest, of torch.optim and of
-        ours, only the 8% smallest weights move at all."""
+        """At lr 5e-6 on weights of N(0, 0.02), as models begin: to nearest only the 8% smallest move."""
         w, g = randn([400_000], HALF, 1, 0.02) + randn([400_000], HALF, 2)
         share = {}
         for name, kind, flags in (("torch", torch.optim.AdamW, {}), ("nearest", adamw.AdamW, {}),
@@ -1356,9 +1126,7 @@ class AdamW(unittest.TestCase):
             step = (p.detach() - w).double()
             share[name] = (step != 0).double().mean().item()
             gain = -(step * g.sign()).mean().item() / 5e-6
-        print(f"[moved: {share}, gain {gain:.3f}] ", end="")
-        self.assertLess(share["torch"], 0.1)
-        self.assertLess(share["nearest"], 0.1)
+        self.assertLess(max(share["torch"], share["nearest"]), 0.1)
         self.assertAlmostEqual(gain, 1, delta=0.05)                                # 6 standard errors
 
     def test_a_bf16_run_with_stochastic_rounding_tracks_fp32_and_to_nearest_does_not(self):
@@ -1367,7 +1135,6 @@ class AdamW(unittest.TestCase):
         goal = start.float() + 2e-3 * torch.randn(48, 48, generator=g).sign()
         x = torch.randn(256, 48, generator=g)
         first = (x @ (start.float() - goal).T).square().mean().item()
-        moved = {}
         left = {}
         for name, dtype, stochastic in (("fp32", FULL, False), ("stochastic", HALF, True),
                                         ("nearest", HALF, False)):
@@ -1377,13 +1144,8 @@ class AdamW(unittest.TestCase):
                 (x @ (p.float() - goal).T).square().mean().backward()
                 optimizer.step()
                 optimizer.zero_grad()
-            moved[name] = (p.detach().float() - start.float()).flatten()
             left[name] = (x @ (p.detach().float() - goal).T).square().mean().item() / first
-        print(f"[share of the loss left: {left}] ", end="")
-        along = {k: (m @ moved["fp32"] / moved["fp32"].square().sum()).item() for k, m in moved.items()}
-        self.assertAlmostEqual(along["stochastic"], 1, delta=0.05)
-        self.assertLess(along["nearest"], 0.2)
-        self.assertLess(left["stochastic"], left["fp32"] + 0.1)
+        self.assertAlmostEqual(left["stochastic"], left["fp32"], delta=0.1)
         self.assertGreater(left["nearest"], 0.7)
 
 
@@ -1458,9 +1220,11 @@ class Losses(unittest.TestCase):
         params = list(model.parameters())
         forget, retain = unlearn.objectives(args, model, little_llama(seed=1))
         ref = torch.linspace(-3, -1, 5).double()
-        chosen = text_samples(TEXTS[::-1]) if args.loss == "dpo" else None
-        texts = SimpleNamespace(forget=text_samples(), ref=ref, chosen=chosen, chosen_ref=ref - 1)
-        micro = unlearn.forget_batches(texts, [4, 1, 3, 0, 2], args, 0)
+        picks = [4, 1, 3, 0, 2]
+        micro = losses.micro_batches(text_samples(), picks, size, 0, "cpu", ref)
+        chosen = losses.micro_batches(text_samples(TEXTS[::-1]), picks, size, 0, "cpu", ref - 1)
+        for batch, other in zip(micro, chosen):
+            batch["chosen"] = other
 
         def attack():
             return losses.descend(model, micro, losses.nll_sum, "labels")
@@ -1661,10 +1425,10 @@ class Models(unittest.TestCase):
 
 class Rows(Folder):
     def test_each_documented_row_is_read_with_its_file_and_line(self):
-        rows = [{"text": "a"}, {"prompt": "p", "completion": "c"}, {"text": "b", "fact": 3}, {"text": "bare"}]
-        path = self.tmp / "x.jsonl"
-        path.write_text("\n".join(map(json.dumps, rows[:3])) + '\n\n"bare"')
-        want = [row | {"where": f"{path}:{line}"} for row, line in zip(rows, (1, 2, 3, 5))]
+        rows = [{"prompt": "p", "completion": "c"}, {"text": "b", "fact": 3}, {"text": "bare"}]
+        path = write_rows(self.tmp / "x.jsonl", rows[:2])
+        path.write_text(path.read_text() + '\n"bare"')
+        want = [row | {"where": f"{path}:{line}"} for row, line in zip(rows, (1, 2, 4))]
         self.assertEqual(formats.read_jsonl(path, formats.text_row), want)
 
     def test_bad_files_and_rows_name_file_line_value_and_fix(self):
@@ -1673,8 +1437,8 @@ class Rows(Folder):
         bad = [(formats.text_row, "\xff", " is not UTF-8"), (formats.text_row, "\n\n", " has no rows")]
         bad += [(formats.text_row, f'"fine"\n{line}', f":2: .*{says}") for line, says in texts.items()]
         mcq = '{"question": "q", "choices": ["a", "b", "c", "d"], "answer": 1}'
-        for old, new, says in (('"q"', '""', "is ''"), (', "d"', "", "exactly 4"), ('"d"', "7", "exactly 4"),
-                               (": 1", ": 4", "is 4"), (": 1", ": true", "is True"), (mcq, "7", "found int")):
+        for old, new, says in ((', "d"', "", "exactly 4"), ('"d"', "7", "4 texts"), ('"q"', '""', "''"),
+                               (" 1", " 4", "is 4"), (" 1", " true", "is True"), (mcq, "7", "int")):
             bad.append((formats.mcq_row, f"{mcq}\n{mcq.replace(old, new)}", f":2: .*{says}"))
         path = self.tmp / "x.jsonl"
         for check, text, says in bad:
@@ -1738,7 +1502,7 @@ class Scores(unittest.TestCase):
 
     def test_ks_p_value_against_published_tables(self):
         """Siegel, Nonparametric Statistics (1956), table L, after Massey (1951): the smallest n D that
-        is significant for two samples of n, two-tailed. Smirnov (1948): sqrt(nm/(n+m)) D of large samples
+        is significant for two samples of n, two-tailed. Smirnov (1948): sqrt(nm/(n+m)) D of large ones
         is 1.358 at .05, 1.628 at .01. Two samples apart: 2 orders of all."""
         def p(n, k):                                                 # with D = k/n
             return scores.ks_test(np.arange(n) + 0.5, np.arange(n) + k)[1]
@@ -1889,13 +1653,9 @@ class Score(Folder):
             model = little_llama(torch.float32, seed, context=1024)
             model.lm_head.weight.data[2] *= 4                        # <eos>: short answers
             write_model(self.tmp / name, model)
-        rng = random.Random(0)
-
-        def say(count):
-            return " ".join(rng.choices("cat dog mat sat ran one two three who on".split(), k=count))
-        for name in self.files:                                      # with rows that suit each of them
-            rows = [{"text": say(5 + 3 * i), "prompt": say(9 - i), "gt": say(20), "question": say(4),
-                     "answer": say(2), "perturbed_answer": [say(1 + i), say(2)]} for i in range(4)]
+        for i, name in enumerate(self.files):                        # with rows that suit each of them
+            rows = [{"text": text, "prompt": text, "gt": text, "question": text, "answer": "the cat",
+                     "perturbed_answer": ["a dog", "mat"]} for text in TEXTS[i % 3:]]
             write_rows(self.tmp / "data" / f"{name}.jsonl", rows)
         write_rows(self.tmp / "data" / "mcq_forget.jsonl", QUESTIONS)
         (self.tmp / "data" / "meta.json").write_text(json.dumps({"auc_retrain": 0.4}))
@@ -1903,7 +1663,7 @@ class Score(Folder):
     def score(self, more=""):
         """The metrics and records of `model` that evaluate.py with these flags leaves."""
         flags = f"{self.tmp}/model --data {self.tmp}/data --records --overwrite --device cpu {more}"
-        evaluate.score(self.tmp / "model", evaluate.parse_args(flags.split()))
+        evaluate.score(self.tmp / "model", evaluate.flags().parse_args(flags.split()))
         found = read_json(self.tmp / "model" / "evaluate.json")
         return found["metrics"], found["records"]
 
@@ -1915,10 +1675,10 @@ class Score(Folder):
         self.assertEqual((metrics["UT"], metrics["template"]), (None, evaluate.LETTERS))
         self.assertAlmostEqual(metrics["privleak"], 100 * (metrics["auc"] - 0.4) / 0.4)
         nine = [value for name in tofu.KEPT for value in metrics[name].values()]
-        self.assertAlmostEqual(metrics["utility"], 9 / sum(1 / v for v in nine) if all(nine) else 0.0)
+        self.assertAlmostEqual(metrics["utility"], scores.harmonic_mean(nine))
         self.assertNotIn("forget_quality", metrics)
-        wrong = [np.argmax(r["logps"]) != r["answer"] for r in records["mcq_forget"]]
-        self.assertEqual(metrics["UE"], np.mean(wrong))
+        right = [np.argmax(record["logps"]) == record["answer"] for record in records["mcq_forget"]]
+        self.assertEqual(metrics["UE"], 1 - np.mean(right))
         _, again = self.score("--batch_size 2")
         for name in records:
             for one, other in zip(records[name], again[name], strict=True):
@@ -1931,28 +1691,24 @@ class Score(Folder):
     def test_limit_bos_and_a_model_that_never_knew(self):
         metrics, records = self.score("--limit 2 --bos none")
         self.assertFalse(metrics["bos"])
-        lines = [record["where"].split(":")[-1] for record in records["mcq_forget"]]
-        self.assertEqual(lines, ["1", "3"])                          # of four, evenly spaced
-        metrics, _ = self.score(f"--retain_run {self.tmp}/model")    # compared with itself
-        self.assertEqual((metrics["forget_quality"], metrics["privleak"]), (1.0, 0.0))
+        self.assertRegex(records["mcq_forget"][1]["where"], ":3$")   # evenly spaced
         metrics, records = self.score(f"--retain_run {self.tmp}/other")
         path = self.tmp / "other" / "evaluate.json"
         other = read_json(path)
-        ratios = [record["R"] for record in records["qa_forget"]]
-        kept = [record["R"] for record in other["records"]["qa_forget"]]
-        self.assertEqual(metrics["forget_quality"], scores.ks_test(ratios, kept)[1])
+        ours = [record["R"] for record in records["qa_forget"]]
+        theirs = [record["R"] for record in other["records"]["qa_forget"]]
+        self.assertEqual(metrics["forget_quality"], scores.ks_test(ours, theirs)[1])
         self.assertAlmostEqual(metrics["privleak"], 100 * (metrics["auc"] / other["metrics"]["auc"] - 1))
         stamp = path.stat().st_mtime_ns
         self.score(f"--retain_run {self.tmp}/other")
         self.assertEqual(path.stat().st_mtime_ns, stamp)             # not scored again
 
-    def test_the_command_line_scores_a_plain_model_and_says_what_is_missing(self):
-        model = self.tmp / "model"
-        out = self.run_script("evaluate.py", model, "--data", self.tmp / "data", "--limit", 2)
-        self.assertRegex(out, r"\nscores\nmethod .*qa_forget_truth.*\nmodel +1 .*\n\ncorpora\n.*es_forget")
-        self.run_script("evaluate.py", model, says="--data FOLDER")
-        write_rows(self.tmp / "bad" / "qa_forget.jsonl", [{"question": "q", "answer": "a"}])
-        self.run_script("evaluate.py", model, "--data", self.tmp / "bad", says="qa_forget.jsonl:1")
+    def test_the_command_line_scores_a_plain_model_and_names_a_bad_row(self):
+        flags = (self.tmp / "model", "--data", self.tmp / "data", "--limit", 1)
+        out = self.run_script("evaluate.py", *flags)
+        self.assertRegex(out, r"\nscores\nmethod .*qa_forget_truth.*\nmodel .*\n\ncorpora\n.*es_forget")
+        write_rows(self.tmp / "data" / "qa_forget.jsonl", [{"question": "q", "answer": "a"}])
+        self.run_script("evaluate.py", *flags, "--overwrite", says="qa_forget.jsonl:1")
 
     @unittest.skipUnless(os.environ.get("REAL_MODEL"), "set REAL_MODEL to a model's folder to run it")
     def test_letter_questions_to_a_real_model_are_three_times_as_fast_as_four_passes_each(self):
@@ -2054,7 +1810,7 @@ class Prefix(Folder):
 
     def search(self, more=""):
         """(metrics, state) of a search with these flags."""
-        args = evaluate.parse_args(
+        args = evaluate.flags().parse_args(
             f"model --data {self.tmp} --teacher {self.tmp}/teacher --device cpu --attack_calls 200 "
             "--attack_questions 2 --attack_length 4 7 --attack_candidates 4 --attack_topk 8 "
             f"--attack_answer 3 {more}".split())
@@ -2084,29 +1840,42 @@ class Prefix(Folder):
         repeated = sum((count - 1) ** 1.5 for count in Counter(prefix).values())
         return [*map(np.mean, terms.values()), repeated / len(prefix)]
 
-    def test_the_result_is_what_loops_over_questions_and_tokens_give_for_its_text(self):
-        metrics, state = self.search()
-        picks = random.Random(0).sample(range(4), 2)
-        for loss, terms, ids in state["best"]:
-            self.assertFalse(set(ids) & set(self.tok.all_special_ids))
-            self.assertGreaterEqual(len(ids), 6)                     # the minimum has grown
-            want = self.by_hand(ids, [self.rows[i] for i in sorted(picks)])
-            np.testing.assert_allclose(terms, want, rtol=1e-4, atol=1e-5)
-            self.assertAlmostEqual(loss, np.dot(want, [1, 1, 10, 1.5, 3]), places=3)
-        self.assertTrue(any(terms[4] for _, terms, _ in state["best"]))
-        self.assertEqual(self.tok(metrics["prefix"]).input_ids[1:], state["best"][0][2])
+    def test_loss_terms_match_loops_over_questions_and_tokens(self):
+        gcg = sam.kernel_file("gcg")
+        tokens = gcg.Tokens(self.tok, len(self.tok), self.rows[0]["context"], "cpu")
+        task = evaluate.prefix_task(self.teacher, self.tok, self.rows, tokens, 3)
+        prefixes = [[5, 9, 5, 5, 9], [7, 8, 11, 6, 10]]
+        onehot = F.one_hot(torch.tensor(prefixes), len(self.tok)).double()
+        for prefix, terms in zip(prefixes, gcg.prefix_terms(self.victim, self.teacher, onehot, task)):
+            np.testing.assert_allclose(terms.detach(), self.by_hand(prefix, self.rows), rtol=1e-5)
+
+    def test_the_result_is_what_the_text_of_the_prefix_gives(self):
+        metrics, state = self.search("--attack_seed 4")
+        loss, terms, ids = state["best"][0]
+        self.assertEqual(self.tok(metrics["prefix"]).input_ids[1:], ids)
+        self.assertFalse(set(ids) & set(self.tok.all_special_ids))
+        self.assertGreaterEqual(len(ids), 6)                         # the minimum has grown
+        picks = random.Random(4).sample(range(4), 2)
+        want = self.by_hand(ids, [self.rows[i] for i in picks])
+        np.testing.assert_allclose(terms, want, rtol=1e-4, atol=1e-5)
+        self.assertAlmostEqual(loss, np.dot(want, [1, 1, 10, 1.5, 3]), places=3)
         asked = [row | {"context": f"{metrics['prefix']} {row['context']}"} for row in self.rows]
         wrong = ~evaluate.correct(self.victim, self.tok, asked).numpy()
-        self.assertEqual(metrics["UE"], wrong.mean())
-        self.assertEqual(metrics["UE_heldout"], np.delete(wrong, picks).mean())
+        held_out = np.delete(wrong, picks).mean()
+        self.assertEqual((metrics["UE"], metrics["UE_heldout"]), (wrong.mean(), held_out))
+        self.assertGreater(held_out, wrong.mean())                   # that tells the two apart
+
+    def test_a_teacher_that_answers_no_question_is_an_error(self):
+        with self.assertRaisesRegex(formats.InputError, "teacher"):
+            self.search("--attack_questions 1 --attack_seed 1")    # it says <eos> at once
 
     def test_each_mutation_is_one_change_and_takes_the_tokens_it_should(self):
         logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
         first, second, third = logits.topk(3).indices.tolist()
         share = logits[0].topk(3).values.softmax(-1)[0].item()
-        swapped = {(t, 98) for t in first} | {(99, t) for t in second}
-        inserted = {(t, 99, 98) for t in first} | {(99, t, 98) for t in second}
-        inserted |= {(99, 98, t) for t in third}
+        swapped = {*itertools.product(first, [98]), *itertools.product([99], second)}
+        inserted = {*itertools.product(first, [99], [98]), *itertools.product([99], second, [98]),
+                    *itertools.product([99], [98], third)}
         for move, possible, one, p in (
                 ("swap", swapped, (first[0], 98), 1 / 6), ("sample", swapped, (first[0], 98), share / 2),
                 ("insert", inserted, (first[0], 99, 98), share / 3),
@@ -2131,7 +1900,7 @@ class Prefix(Folder):
         self.assertEqual(self.search(), whole)
         with self.assertRaisesRegex(formats.InputError, "--overwrite"):
             self.search("--attack_seed 1")
-        self.assertNotEqual(self.search("--attack_seed 1 --overwrite")[1], whole[1])
+        self.assertNotEqual(self.search("--attack_seed 1 --overwrite"), whole)
 
     def test_calls_are_counted_and_end_the_search_and_the_gradient_finds_more_than_chance(self):
         gcg = sam.kernel_file("gcg")
@@ -2149,10 +1918,10 @@ class Prefix(Folder):
             drawn = state["calls"] - sum(calls)                      # one each to insert or sample
             self.assertTrue(0 <= drawn <= 0.5 * state["iteration"] * (method == "gcg+"), (method, drawn))
             self.assertTrue(200 <= state["calls"] < 200 + 6 + 2 * 4, method)
-            losses = [point["loss"] for point in state["curve"]]
-            self.assertEqual(losses, sorted(losses, reverse=True), method)
-            best[method] = losses[-1]
-        self.assertLess(best["gcg"], best["random"] - 0.3)       # with its sign wrong it would not be
+            curve = [point["loss"] for point in state["curve"]]
+            self.assertEqual(curve, sorted(curve, reverse=True), method)
+            best[method] = curve[-1]
+        self.assertLess(best["gcg"], best["random"] - 0.75)      # with its sign wrong: 0.5
 
     def test_the_length_is_cut_to_the_room_that_the_context_leaves(self):
         room = 64 - 3 - max(len(self.tok(row["context"]).input_ids) for row in self.rows)
@@ -2202,11 +1971,11 @@ class Curvature(Folder):
 
         def objective(kind, count=3, first=None):
             return evaluate.forget_objective(kind, model, words(), self.tmp, count, first)
-        for loss in ("npo", "simnpo", "ga"):
-            ran = unlearn.parse_args(f"--loss {loss} --reduce sum --out /nowhere --data {self.tmp} "
+        for loss, reduce in (("npo", "sum"), ("simnpo", "mean"), ("ga", "sum")):
+            ran = unlearn.parse_args(f"--loss {loss} --reduce {reduce} --out /nowhere --data {self.tmp} "
                                      f"--model {self.tmp}/model".split())
-            formats.write_json(self.tmp / "result.json", {"args": vars(ran)})
-            ref = losses.reference_logps(teacher, samples, 2, 0, "sum")
+            formats.write_json(self.tmp / "result.json", {"stage": "unlearn", "args": vars(ran)})
+            ref = losses.reference_logps(teacher, samples, 2, 0, reduce)
             micro = losses.micro_batches(samples, [0, 1, 2], 2, 0, "cpu", ref)
             want = unlearn.objectives(ran, model, None)[0](micro).item()
             self.assertAlmostEqual(objective("own")().item() / want, 1, places=5)
@@ -2214,13 +1983,14 @@ class Curvature(Folder):
         for row in rows:
             logps += logps_alone(model, words(), row["prompt"], row["completion"])
         self.assertAlmostEqual(objective("nll")().item(), -np.mean(logps), places=5)
-        for count in (2, 64):                                        # two batches without a common row
+        for count, seen in ((2, 4), (64, 5)):                        # two batches without a common row
             with mock.patch.object(models, "encode_rows", return_value=samples) as encode:
                 objective("nll", count, 0)
                 objective("nll", count, 1)
-            one, other = [{row["where"] for row in call.args[1]} for call in encode.call_args_list]
-            self.assertTrue(one and other and not one & other)
-        formats.write_json(self.tmp / "result.json", {"args": {"data": str(self.tmp), "loss": "rmu"}})
+            both = encode.call_args_list[0].args[1] + encode.call_args_list[1].args[1]
+            self.assertEqual((len(both), len({row["where"] for row in both})), (seen, seen))
+        ran.loss = "rmu"
+        formats.write_json(self.tmp / "result.json", {"stage": "unlearn", "args": vars(ran)})
         with self.assertRaisesRegex(formats.InputError, "nll"):
             objective("own")
 
@@ -2249,9 +2019,9 @@ class Pictures(Folder):
         from matplotlib.image import imread
         write_world(self.tmp, little_llama(torch.float32))
         curve = [{"step": 0, "UE": 0.7}, {"step": 5, "UE": 0.3}]
-        budget = {"samples": 20, "epochs": 1, "UE": 0.3, "UE_heldout": None, "UT": 0.9, "curves": [curve]}
-        formats.write_json(self.tmp / "model" / "relearn.json", {
-            "args": {"batch_size": 4}, "metrics": {"budgets": [budget]}})
+        budget = {"samples": 20, "epochs": 1, "UE": 0.3, "UE_heldout": 0.4, "UT": 0.9, "curves": [curve]}
+        result = {"args": {"batch_size": 4}, "metrics": {"budgets": [budget]}}
+        formats.write_json(self.tmp / "model" / "relearn.json", result)
         shutil.copytree(self.tmp / "model", self.tmp / "twin")
         table = self.tmp / "table.json"
         self.run_script("evaluate.py", self.tmp / "model", self.tmp / "twin", "--data", self.tmp,
@@ -2271,8 +2041,7 @@ class Pictures(Folder):
 
     def test_without_matplotlib_the_error_says_what_to_install(self):
         with mock.patch.dict(sys.modules, {"matplotlib": None}):
-            self.run_script("assets/plot.py", "table.json", "--out", self.tmp / "new",
-                            says="pip install matplotlib")
+            self.run_script("assets/plot.py", "x.json", "--out", self.tmp / "new", says="pip install")
         self.assertFalse((self.tmp / "new").exists())
 
 
@@ -2306,8 +2075,8 @@ class Benchmarks(unittest.TestCase):
     def test_verbmem_is_the_rouge_f1_of_as_many_tokens_said_and_true(self):
         rows = [{"prompt": say(i, 5 + i), "gt": say(i + 9, 20), "where": i} for i in range(4)]
         for row, record in zip(rows, muse.verbmem(self.model, self.tokenizer, rows, new=10)):
-            said = self.said(row["prompt"], 10)                      # a token is a word here:
-            rouge = scores.rouge_l(said, " ".join(row["gt"].split()[:10]))[2]
+            said = self.said(row["prompt"], 10)
+            rouge = scores.rouge_l(said, " ".join(row["gt"].split()[:9]))[2]     # <bos> and 9 words
             self.assertEqual(record, {"where": row["where"], "said": said, "rouge": rouge})
 
     def test_knowmem_asks_after_examples_and_cuts_where_another_question_begins(self):
@@ -2422,7 +2191,7 @@ class Prepare(Folder):
     def tofu(self):
         qa = [{"question": f"q{i}?", "answer": f"a{i}"} for i in range(4)]
         real = [qa[0] | {"perturbed_answer": ["x"], "option1": "x"}]
-        asked = [row | {"paraphrased_answer": "p", "perturbed_answer": ["x", "y"]} for row in qa]
+        asked = [row | {"paraphrased_answer": "p", "perturbed_answer": ["x"]} for row in qa]
         for name, rows in (("forget01", qa[:1]), ("retain99", qa[1:]), ("forget01_perturbed", asked[:1]),
                            ("retain_perturbed", asked[1:]), ("real_authors_perturbed", real),
                            ("world_facts_perturbed", real), ("holdout01", qa[2:])):
@@ -2496,10 +2265,10 @@ class Prepare(Folder):
         forget = [{"prompt": "Question: q0?\nAnswer:", "completion": " a0"}]
         self.assertEqual(self.rows("forget"), forget)
         self.assertEqual(self.rows("privleak_forget"), forget)
-        self.assertEqual(self.rows("qa_retain")[0], {"question": "q1?", "answer": "a1",
-                                                     "paraphrased_answer": "p", "perturbed_answer": ["x", "y"]})
-        self.assertEqual(self.rows("qa_world_facts"), [{"question": "q0?", "answer": "a0",
-                                                        "perturbed_answer": ["x"]}])
+        real = {"question": "q0?", "answer": "a0", "perturbed_answer": ["x"]}
+        self.assertEqual(self.rows("qa_world_facts"), [real])
+        asked = {"question": "q1?", "answer": "a1", "paraphrased_answer": "p", "perturbed_answer": ["x"]}
+        self.assertEqual(self.rows("qa_retain")[0], asked)
 
     def test_errors_name_file_line_and_reason_and_never_a_document(self):
         virology = "test/virology_test.csv"
@@ -2573,7 +2342,7 @@ class Prepare(Folder):
                     args = relearn.parse_args(flags)
                 self.assertEqual((args.lr, args.batch_size), ([1e-5], 4))
             elif script == "evaluate.py":
-                evaluate.parse_args(flags)
+                evaluate.flags().parse_args(flags)
             else:
                 known = run_here(script, "--help")[1]
                 self.assertEqual([f for f in flags if f.startswith("--") and f"{f} " not in known], [])
@@ -2832,6 +2601,10 @@ class Edits(Folder):
             model = little_llama(torch.float32)
             relearn.EDITS[name](model, amount, args)
             self.assertEqual(budget["UE"], norm(model)["UE"])
+        model = little_llama(torch.float32)
+        with mock.patch.object(evaluate, "ue_ut", side_effect=[{}, KeyboardInterrupt]):
+            self.assertRaises(KeyboardInterrupt, relearn.try_edits, model, None, None, args)
+        self.assertEqual(norm(model), norm(little_llama(torch.float32)))
 
     def test_edits_take_no_notice_of_several_learning_rates(self):
         write_world(self.tmp, little_llama(torch.float32))
@@ -2840,46 +2613,13 @@ class Edits(Folder):
         self.assertIn("prune50", out)
 
 
-class Adapters(unittest.TestCase):
-    def test_adapters_train_as_explicit_low_rank_matrices_and_leave_no_trace(self):
-        samples = text_samples(TEXTS[:4])
-        x = torch.tensor([samples[0][0]])
-        start = little_llama()(x).logits.detach()
-        before = little_llama().state_dict()
-        model = little_llama()
-        pairs = {}
-        with adapters.lora(model, 2, "x"):
-            for name, layer in model.named_modules():
-                if hasattr(layer, "lora_a"):
-                    pairs[f"{name}.weight"] = (layer.lora_a.detach().clone().requires_grad_(),
-                                               layer.lora_b.detach().clone().requires_grad_())
-            self.assertTrue(torch.equal(model(x).logits, start))
-            finetune.finetune(model, samples, 0, 1e-2, 2, 2, "order")
-            got = model(x).logits.detach()
-        self.assertEqual(len(pairs), 3 * 7)              # every linear layer but lm_head
-        with self.assertRaises(KeyboardInterrupt), adapters.lora(model, 2, "x"):
-            raise KeyboardInterrupt
-        self.assertTrue(torch.equal(model(x).logits, start))
-        self.assertEqual(list(before), list(model.state_dict()))
-        self.assertTrue(same(list(before.values()), list(model.state_dict().values())))
-        self.assertTrue(all(p.requires_grad for p in model.parameters()))
-
-        def written_out(ids):                            # W + 2 B A
-            weights = {name: before[name] + 2 * b @ a for name, (a, b) in pairs.items()}
-            return torch.func.functional_call(model, before | weights, (ids,))
-        optimizer = torch.optim.AdamW(itertools.chain(*pairs.values()), lr=1e-2, weight_decay=0)
-        plain_loop(written_out, samples, optimizer, "order")
-        torch.testing.assert_close(got, written_out(x).logits.detach(), rtol=1e-4, atol=1e-4)
-        self.assertGreater((got - start).abs().max(), 0.1)
-
-
 class Geometry(unittest.TestCase):
     def test_aims_and_displacement_are_what_they_say_and_the_weights_stay(self):
         geometry = sam.kernel_file("geometry")
         still = Network()                                # stays at the start
         params = Network().params
         other = Network(3)
-        attacker = Network(7)
+        attacker = Network(4)
 
         def on(some):
             return lambda: some.loss(params)
@@ -2907,6 +2647,210 @@ class Geometry(unittest.TestCase):
             self.assertEqual(point["part"], part)
             there = still.at([0.5 * part * d for d in down])
             self.assertAlmostEqual(point["nll"], attacker.loss(there).item(), places=9)
+
+
+# ---- data/adapters.py, and unlearn.py --lora ----------------------------------------------------------
+
+class Adapters(Folder):
+    def every_kind(self):
+        """A model of Linear layers, one of Conv1D, one of fused experts; and how many matrices each has."""
+        from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+        torch.manual_seed(0)
+        size = len(words())
+        gpt2 = GPT2Config(vocab_size=size, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=1,
+                          eos_token_id=2)
+        mixtral = MixtralConfig(vocab_size=size, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                                num_attention_heads=2, num_key_value_heads=1, num_local_experts=4,
+                                num_experts_per_tok=2)
+        return [(little_llama(torch.float32), 3 * 7), (GPT2LMHeadModel(gpt2).eval(), 2 * 4),
+                (MixtralForCausalLM(mixtral).eval(), 2 * (4 + 2 * 4))]
+
+    def trained(self, model, rank=2, **more):
+        """Adapters after four steps of fine-tuning, and the weights before."""
+        before = {name: t.clone() for name, t in model.state_dict().items()}
+        added = adapters.Adapters(model, rank, 2 * rank, seed="x", **more)
+        params = [p for _, p in added.named()]
+        finetune.finetune(model, text_samples(TEXTS[:4]), 0, 1e-2, 2, 2, "order", params=params)
+        return added, before
+
+    def test_adapters_train_as_explicit_low_rank_matrices(self):
+        model = little_llama()
+        samples = text_samples(TEXTS[:4])
+        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        start = adapters.Adapters(model, 2, 4, seed="x")
+        own = {}
+        for name, (a, b) in start.pairs.items():
+            own[f"{name}.weight"] = [a.detach().clone().requires_grad_(), b.detach().clone().requires_grad_()]
+        start.remove()
+        added, _ = self.trained(model)
+        got = model(torch.tensor([samples[0][0]])).logits.detach()
+
+        def explicit(ids):                       # W + 2 B A written out
+            full = dict(weights)
+            for name, (a, b) in own.items():
+                full[name] = weights[name] + 2 * b @ a
+            return torch.func.functional_call(model, full, (ids,))
+        added.on = False
+        optimizer = torch.optim.AdamW(sum(own.values(), []), lr=1e-2, weight_decay=0)
+        plain_loop(lambda ids: explicit(ids), samples, optimizer, "order")
+        want = explicit(torch.tensor([samples[0][0]])).logits.detach()
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        self.assertGreater((got - model(torch.tensor([samples[0][0]])).logits).abs().max(), 0.1)
+
+    def test_nothing_changes_before_the_first_step_while_off_or_after_removal(self):
+        ids = torch.tensor([[1, 5, 6, 7, 8]])
+        for model, count in self.every_kind():
+            self.assertEqual(len(adapters.matrices(model)), count)
+            with torch.no_grad():
+                want = model(ids).logits
+                start = adapters.Adapters(model, 2, 4)
+                self.assertTrue(torch.equal(model(ids).logits, want))
+                start.remove()
+                with torch.enable_grad():
+                    added, before = self.trained(model)
+                moved = model(ids).logits
+                self.assertGreater((moved - want).abs().max(), 0.01)
+                self.assertTrue(torch.equal(added.without()(input_ids=ids).logits, want))
+                self.assertTrue(torch.equal(model(ids).logits, moved))
+                added.remove()
+                self.assertTrue(torch.equal(model(ids).logits, want))
+            self.assertEqual(list(before), list(model.state_dict()))
+            self.assertTrue(same(list(before.values()), list(model.state_dict().values())))
+            self.assertTrue(all(p.requires_grad for p in model.parameters()))
+            self.assertFalse(any(m._forward_hooks for m in model.modules()))
+
+    def test_edits_reach_conv1d_and_fused_experts_and_say_how_much(self):
+        for model, count in self.every_kind():
+            relearn.prune(model, 30, None)
+            for w in adapters.matrices(model):
+                self.assertEqual((w == 0).sum(), math.floor(0.3 * w.numel()))
+            relearn.quantize(model, 2, SimpleNamespace(group=64))
+            for w in adapters.matrices(model):
+                levels = [len(row.unique()) for row in w]            # a group is at least a row here
+                self.assertLessEqual(max(levels), 3)
+            self.assertEqual(len(adapters.matrices(model)), count)
+            covered = sum(w.numel() for w in adapters.matrices(model))
+            whole = sum(p.numel() for p in model.parameters())
+            self.assertEqual(adapters.share(model, adapters.matrices(model)),
+                             f"{covered / whole:.0%} of the weights")
+
+    def test_a_merged_model_is_the_adapted_one_up_to_the_rounding_that_is_told(self):
+        ids = torch.tensor([[1, 5, 6, 7, 8]])
+        for model, _ in self.every_kind():
+            added, before = self.trained(model)
+            want = model(ids).logits
+            self.assertLess(added.merge(), 1e-5)
+            torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-5)
+        model = little_llama(torch.bfloat16)
+        added, before = self.trained(model)
+        exact = {name: (2 * b @ a).detach().double() for name, (a, b) in added.pairs.items()}
+        told = added.merge()
+        lost = 0.0
+        for name, delta in exact.items():
+            after = model.get_submodule(name).weight.double()
+            lost += (after - before[f"{name}.weight"].double() - delta).square().sum()
+        whole = sum(delta.square().sum() for delta in exact.values())
+        self.assertAlmostEqual(told, (lost / whole).sqrt().item(), delta=0.02 * told)
+        self.assertGreater(told, 1e-3)
+
+    def test_peft_reads_what_is_saved_and_so_do_we(self):
+        try:
+            from peft import PeftModel
+        except ImportError:
+            self.skipTest("the package peft is not installed")
+        ids = torch.tensor([[1, 5, 6, 7, 8]])
+        for n, (model, _) in enumerate(self.every_kind()[:2]):
+            base = write_model(self.tmp / f"base{n}", model)
+            added, _ = self.trained(model, rank=3)
+            want = model(ids).logits
+            added.save(self.tmp / f"adapters{n}", base)
+            words().save_pretrained(self.tmp / f"adapters{n}")
+            peft = PeftModel.from_pretrained(models.load_model(base)[0], self.tmp / f"adapters{n}")
+            torch.testing.assert_close(peft.eval()(input_ids=ids).logits, want, rtol=1e-4, atol=1e-5)
+            own = models.load_model(self.tmp / f"adapters{n}")[0]
+            torch.testing.assert_close(own(ids).logits, want, rtol=1e-4, atol=1e-5)
+        config = read_json(self.tmp / "adapters0" / "adapter_config.json")
+        for change in ({"use_dora": True}, {"peft_type": "IA3"}, {"modules_to_save": ["lm_head"]}):
+            (self.tmp / "adapters0" / "adapter_config.json").write_text(json.dumps(config | change))
+            self.assertRaisesRegex(formats.InputError, "merge_and_unload", models.load_model,
+                                   self.tmp / "adapters0")
+
+    def test_every_loss_and_smoother_trains_adapters_alone_and_no_second_model_is_loaded(self):
+        flags = write_world(self.tmp / "world", little_llama(torch.float32))
+        before = (self.tmp / "world" / "model" / "model.safetensors").read_bytes()
+        more = [["--loss", loss] for loss in (*losses.FORGET, "rmu")] + [["--retain", "kl"]]
+        more += [["--smooth", s] for s in ("none", "rs", "gp", "cr", "wa")]
+        more += [["--sam_direction", d, "--sam_norm", "linf"] for d in ("momentum", "lookahead", "random")]
+        for n, flag in enumerate(more):
+            out = self.tmp / f"run{n}"
+            with mock.patch.object(models, "load_model", wraps=models.load_model) as load:
+                said = self.run_script("unlearn.py", *flags, "--lora", 2, *flag, "--out", out)
+            self.assertEqual(load.call_count, 1, flag)
+            self.assertIn("merged the adapters", said)
+            moved = [name for name, p in models.load_model(out)[0].named_parameters()
+                     if not torch.equal(p, models.load_model(self.tmp / "world" / "model")[0].get_parameter(name))]
+            self.assertTrue(moved and all("proj" in name for name in moved), (flag, moved))
+        self.assertEqual((self.tmp / "world" / "model" / "model.safetensors").read_bytes(), before)
+
+    def test_saved_adapters_are_the_merged_model_to_every_script(self):
+        flags = write_world(self.tmp / "world", little_llama(torch.float32))
+        found = []
+        for name, save in (("merged", ()), ("adapter", ("--lora_save", "adapter"))):
+            run = self.tmp / name
+            self.run_script("unlearn.py", *flags, "--lora", 2, *save, "--out", run)
+            self.run_script("relearn.py", run, "--samples", 3, "--draws", 1)
+            self.run_script("evaluate.py", run)
+            cells = tables.cells_of(run, read_json(run / "evaluate.json")["metrics"])
+            found.append({cell: value for cell, value in cells.items() if cell.measure != "corpora"})
+        self.assertEqual(*found)
+        self.assertFalse((self.tmp / "adapter" / "model.safetensors").exists())
+
+    def test_a_lora_run_that_is_broken_off_goes_on_bit_for_bit(self):
+        flags = [*write_world(self.tmp / "world", little_llama(torch.float32)), "--lora", 2]
+        self.run_script("unlearn.py", *flags, "--out", self.tmp / "whole")
+        self.assertEqual(Runs.broken_off(self, 5, *flags, "--out", self.tmp / "two", "--save_every", 3), 130)
+        self.run_script("unlearn.py", *flags, "--out", self.tmp / "two", "--resume")
+        weights = [(self.tmp / name / "model.safetensors").read_bytes() for name in ("whole", "two")]
+        self.assertTrue(weights[0] == weights[1])
+
+    def test_what_adapters_do_not_go_with_is_one_line(self):
+        from transformers import GPT2Config, GPT2LMHeadModel
+        flags = write_world(self.tmp / "world", little_llama(torch.float32))
+        before = sorted(self.tmp.rglob("*"))
+        for more, says in ((["--lora", 0], "at least 1"), (["--lora", 17], "choose 16 or less"),
+                           (["--lora", 2, "--lora_modules", "xyz"], "matches no linear layer"),
+                           (["--lora", 2, "--lora_modules", "("], "regular expression"),
+                           (["--lora", 2, "--train_modules", "mlp"], "train_modules"),
+                           (["--lora", 2, "--lora_save", "adapter", "--smooth", "wa"], "wa"),
+                           (["--keep", "best", "--smooth", "wa"], "wa")):
+            self.run_script("unlearn.py", *flags, *more, "--out", self.tmp / "run", says=says)
+            self.assertEqual(sorted(self.tmp.rglob("*")), before)
+        bare = torch.nn.Module()
+        bare.get_output_embeddings = lambda: None
+        self.assertRaisesRegex(formats.InputError, "no linear layer", adapters.Adapters, bare, 2, 4)
+
+
+class Keep(Folder):
+    def test_the_best_weights_on_the_way_are_the_ones_of_highest_ue_that_keep_ut(self):
+        flags = [*write_world(self.tmp / "world", little_llama(torch.float32)), "--steps", 12, "--lr", 3e-2,
+                 "--eval_every", 1]
+        for n, more in enumerate(([], ["--lora", 2])):
+            last = self.tmp / f"last{n}"
+            best = self.tmp / f"best{n}"
+            self.run_script("unlearn.py", *flags, *more, "--out", last)
+            self.run_script("unlearn.py", *flags, *more, "--out", best, "--keep", "best", "--keep_ut", 0.5)
+            plain = read_json(last / "result.json")
+            result = read_json(best / "result.json")
+            self.assertEqual([p["forget"] for p in plain["curve"]], [p["forget"] for p in result["curve"]])
+            floor = 0.5 * result["metrics"]["before"]["UT"]
+            good = [p for p in result["curve"] if p["UT"] >= floor]
+            want = max(good, key=lambda p: p["UE"])                   # the first of equals
+            self.assertEqual(result["kept"], {key: want[key] for key in ("step", "UE", "UT")})
+            self.assertEqual(result["metrics"]["after"], {"UE": want["UE"], "UT": want["UT"]})
+            self.run_script("unlearn.py", *flags, *more, "--steps", want["step"], "--out", self.tmp / f"short{n}")
+            weights = [(run / "model.safetensors").read_bytes() for run in (best, self.tmp / f"short{n}")]
+            self.assertTrue(weights[0] == weights[1])
+            self.assertFalse(list(self.tmp.glob("*.best")))
 
 
 # ---- unlearn.py: flags and small parts ----------------------------------------------------------------
@@ -2943,7 +2887,7 @@ class Flags(unittest.TestCase):
 
     def test_batches_cover_the_data_evenly_and_follow_the_seed(self):
         def take(seed):
-            return list(itertools.islice(unlearn.shuffled(7, 3, random.Random(seed)), 14))
+            return list(itertools.islice(texts.shuffled(7, 3, random.Random(seed)), 14))
         self.assertEqual(set(Counter(sum(take(0), [])).values()), {6})
         self.assertEqual(take(0), take(0))
         self.assertNotEqual(take(0), take(1))
@@ -2953,6 +2897,8 @@ class Flags(unittest.TestCase):
         self.assertEqual(rates, [0.5, 1.0, 1.0, 1.0])
         rates = [unlearn.learning_rate(s, 4, 1.0, 0, "linear") for s in range(4)]
         self.assertEqual(rates, [1.0, 0.75, 0.5, 0.25])
+        rates = [unlearn.learning_rate(s, 10, 1.0, 0.2, "linear") for s in range(10)]    # reaches its peak
+        self.assertEqual(rates, [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
 
     def test_bf16_swallows_a_small_perturbation_and_says_so(self):
         torch.manual_seed(3)
@@ -2978,7 +2924,7 @@ class Plan(Folder):
         args.sam_rho = args.sam_rho or 1.0
         p = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
         smoother = unlearn.SMOOTHERS[unlearn.parse_smooth(args.smooth)[0]](args, [p], None)
-        parts = memory.plan(args, trained, trained, smoother.copies, 1e9, count)
+        parts = memory.plan(args, trained, trained, 2, smoother.copies, 1e9, count)
         return sum(parts.values()) - 1e9
 
     def test_seven_billion_parameters_with_sam_in_bf16_plan_ten_bytes_each(self):
@@ -2997,10 +2943,10 @@ class Plan(Folder):
         """A 42M-parameter Llama on short samples; the base is what a run of a tiny model leaves behind."""
         code = """if True:
             import json, runpy, sys
-            little, large = sys.argv[1:]
+            little, large, *more = sys.argv[1:]
             def run(world):
                 sys.argv = ["unlearn.py", "--model", world + "/model", "--data", world, "--steps", "2",
-                            "--out", world + "-sam", "--batch_size", "2", "--no-relearn"]
+                            "--out", world + "-sam", "--batch_size", "2", "--no-relearn", "--overwrite", *more]
                 runpy.run_path("unlearn.py", run_name="__main__")
             def status(key):
                 return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
@@ -3014,11 +2960,12 @@ class Plan(Folder):
         write_world(self.tmp / "little", little_llama(torch.float32))
         write_world(self.tmp / "large", little_llama(torch.float32, vocab_size=8192, hidden_size=512,
                                                      num_hidden_layers=8, intermediate_size=2048))
-        run = in_python(code, self.tmp / "little", self.tmp / "large")
-        self.assertEqual(run.returncode, 0, run.stderr)
-        measured, planned = map(float, run.stdout.split("measured")[1].split())
-        self.assertAlmostEqual(planned / measured, 1, delta=0.15)
-        print(f"[planned {planned / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB]", end=" ", file=sys.stderr)
+        for more in ((), ("--lora", 8)):
+            run = in_python(code, self.tmp / "little", self.tmp / "large", *more)
+            self.assertEqual(run.returncode, 0, run.stderr)
+            measured, planned = map(float, run.stdout.split("measured")[1].split())
+            print(f"[planned {planned / 1e6:.0f} MB, measured {measured / 1e6:.0f}]", end=" ", file=sys.stderr)
+            self.assertAlmostEqual(planned / measured, 1, delta=0.15)
 
 
 # ---- unlearn.py: models of every shape, going on after a kill, several processes ----------------------
@@ -3031,7 +2978,7 @@ class Runs(Folder):
         return self.run_script("unlearn.py", *flags, says=says)
 
     def broken_off(self, at, *flags):
-        """Run unlearn.py in this process and interrupt it in step `at`, counted from 1."""
+        """Run unlearn.py in this process and press Ctrl-C in step `at`, counted from 1; its exit status."""
         count = itertools.count(1)
         clip = torch.nn.utils.clip_grad_norm_
 
@@ -3040,7 +2987,7 @@ class Runs(Folder):
                 raise KeyboardInterrupt
             return clip(*args)
         with mock.patch.object(torch.nn.utils, "clip_grad_norm_", clip_or_die):
-            self.assertRaises(KeyboardInterrupt, run_here, "unlearn.py", *flags)
+            return run_here("unlearn.py", *flags)[0]
 
     def test_models_of_every_shape_run_or_name_the_fix(self):
         """No pad token, tied embeddings, more embeddings than tokens, learned positions and biases; a pad
@@ -3072,7 +3019,7 @@ class Runs(Folder):
         self.unlearn(*flags, "--out", self.tmp / "r", says="--max_len 8")
 
     def test_a_resumed_run_is_bitwise_the_unbroken_one(self):
-        flags = write_world(self.tmp, little_llama(torch.float32))
+        flags = write_world(self.tmp / "world", little_llama(torch.float32))
         averaged = ["--wa_start", 1, "--wa_every", 1]
         rounded = ["--param_dtype", "bfloat16", "--state_dtype", "float32", "--stochastic_rounding"]
         momentum = ["--sam_direction", "momentum", "--sam_norm"]
@@ -3098,19 +3045,19 @@ class Runs(Folder):
 
     def test_a_saved_state_is_whole_or_as_it_was_and_guards_its_run(self):
         from torch.distributed.checkpoint import HuggingFaceStorageWriter
-        flags = [*write_world(self.tmp, little_llama(torch.float32)), "--out", self.tmp / "run",
+        flags = [*write_world(self.tmp / "world", little_llama(torch.float32)), "--out", self.tmp / "run",
                  "--save_every", 1]
         self.broken_off(3, *flags)
         state = self.tmp / "run.state"
         self.assertEqual([part.name for part in state.iterdir()], ["2"])         # older ones are gone
-        names = runs.saved_tensors(state / "2")
+        names = states.dtypes(state / "2")
         self.assertEqual(names["exp_avg.lm_head.weight"], torch.float32)
         self.assertFalse(list(state.rglob("*.pt")) + list(state.rglob(".metadata")))     # no pickle
         self.unlearn(*flags, says="--resume")
         self.unlearn(*flags, "--resume", "--lr", 1e-3, says="--lr 0.0003")
         with mock.patch.object(HuggingFaceStorageWriter, "finish", side_effect=OSError("full disk")):
             self.unlearn(*flags, "--resume", says="full disk")
-        part, note = runs.saved_state(state)
+        part, note = states.last(state)
         self.assertEqual((part.name, len(note["curve"])), ("2", 2))              # as it was
         self.unlearn(*flags, "--resume")
         self.assertFalse(state.exists())
@@ -3227,10 +3174,310 @@ for script, *flags in json.load(open("plan.json")):
     sys.argv = [script, *(f for f in flags if f != "DIE")]
     try:
         runpy.run_path(ROOT + "/" + script, run_name="__main__")
-    except KeyboardInterrupt:
-        pass
+    except SystemExit as e:
+        assert e.code == 130, e.code
 json.dump([loads, held], open(f"rank{torch.distributed.get_rank()}.json", "w"))
 '''
+
+
+# ---- what a run may write to, and what is left of one that is stopped ---------------------------------
+
+class Out(Folder):
+    def setUp(self):
+        super().setUp()
+        self.world = self.tmp / "world"
+        self.flags = write_world(self.world, little_llama(torch.float32))
+        self.before = self.files()
+
+    def files(self):
+        """{path: bytes, or None of a folder} of all that is there."""
+        return {path: path.read_bytes() if path.is_file() else None for path in self.tmp.rglob("*")}
+
+    def unlearn(self, *flags, says=None):
+        return self.run_script("unlearn.py", *self.flags, "--steps", 2, *flags, says=says)
+
+    def test_overwrite_replaces_runs_and_nothing_else(self):
+        mine = self.tmp / "mine"
+        (mine / "runs" / "old").mkdir(parents=True)
+        (mine / "notes").write_text("precious")
+        (self.tmp / "link").symlink_to(mine)
+        (self.tmp / "dangling").symlink_to(self.tmp / "nowhere")
+        before = self.files()
+        for out, says in ((self.world, "which the run reads"), (self.world / "model", "which the run reads"),
+                          (self.tmp, "which the run reads"), (self.world / "new", "which the run reads"),
+                          (mine, "not a run"), (mine / "notes", "not a run"), (mine / "notes" / "x", "cannot be"),
+                          (self.tmp / "link", "is a link"), (self.tmp / "dangling", "is a link"),
+                          (".", "the current folder"), ("..", "the current folder")):
+            self.unlearn("--out", out, "--overwrite", says=says)
+            self.assertEqual(self.files(), before)
+        run = self.tmp / "run"
+        self.unlearn("--out", run)
+        weights = (run / "model.safetensors").read_bytes()
+        self.unlearn("--out", f"{run}/", says="exists")
+        self.unlearn("--out", run, "--overwrite", "--lr", 1e-2)
+        self.assertNotEqual((run / "model.safetensors").read_bytes(), weights)
+
+    def test_one_run_at_a_time_writes_to_a_folder_and_sweeps_before_its_own_door(self):
+        run = self.tmp / "run"
+        (self.tmp / ".run.tmp123").mkdir()
+        (self.tmp / ".other.tmp123").mkdir()
+        with runs.claimed(run, False, []):
+            self.unlearn("--out", run, says="another run is writing")
+        (self.tmp / ".run.tmp123").mkdir()       # as a killed run leaves it
+        self.unlearn("--out", run)
+        hidden = sorted(path.name for path in self.tmp.glob(".*"))
+        self.assertEqual(hidden, [".other.tmp123"])
+
+    def test_a_save_that_fails_leaves_what_was_there(self):
+        run = self.tmp / "run"
+        self.unlearn("--out", run)
+        before = self.files()
+        full = OSError(28, "No space left on device", "x")
+        for name in ("write_json", "for_transformers_4"):
+            with mock.patch.object(runs, name, side_effect=full):
+                self.unlearn("--out", run, "--overwrite", says="No space left on device")
+            self.assertEqual(self.files(), before)
+        rename = Path.rename
+
+        def second_fails(path, target):
+            if target == run and path.name.startswith(".run.tmp") and "old" not in path.name:
+                raise full
+            return rename(path, target)
+        with mock.patch.object(Path, "rename", second_fails):
+            self.unlearn("--out", run, "--overwrite", says="No space left on device")
+        self.assertEqual(self.files(), before)
+
+    def test_prepare_keeps_a_users_files_and_what_another_process_has_finished(self):
+        mine = self.tmp / "mine"
+        write_rows(mine / "forget.jsonl", ["precious"])
+        before = self.files()
+        self.run_script("data/tiny/prepare.py", "--out", mine, says="forget.jsonl is there and differs")
+        self.run_script("data/people/prepare.py", "--out", mine, "--model", self.world / "model",
+                        says="forget.jsonl is there and differs")
+        self.assertEqual(self.files(), before)
+        model, tok = models.load_model(self.world / "model")
+        with contextlib.redirect_stdout(io.StringIO()):
+            for seed in (1, 2):
+                runs.save_run(mine / "target", model, tok, {"stage": "prepare", "seed": seed}, overwrite=False)
+        self.assertEqual(read_json(mine / "target" / "result.json")["seed"], 1)
+
+    def test_a_table_does_not_replace_a_runs_own_files(self):
+        self.unlearn("--out", self.tmp / "run")
+        before = self.files()
+        for name in ("result.json", "config.json", "model.safetensors"):
+            self.run_script("evaluate.py", self.tmp / "run", "--json", self.tmp / "run" / name, says="no table")
+        self.run_script("evaluate.py", self.tmp / "run", "--json", self.tmp / "no" / "x", says="a folder that is")
+        self.assertEqual(self.files(), before)
+        for _ in range(2):
+            self.run_script("evaluate.py", self.tmp / "run", "--json", self.tmp / "table.json")
+
+    def test_a_finished_run_needs_no_resuming_but_its_attack(self):
+        run = self.tmp / "run"
+        flags = ("--out", run, "--resume")
+        self.unlearn("--out", run)
+        before = self.files()
+        self.assertIn("is finished", self.unlearn(*flags))
+        self.assertEqual(self.files(), before)
+        with mock.patch.object(relearn, "attack") as attack:
+            self.assertIn("is finished", self.unlearn(*flags, "--relearn"))
+        self.assertEqual(attack.call_count, 1)
+
+    def test_a_stopped_run_says_in_a_line_how_to_go_on(self):
+        import signal
+        command = [sys.executable, ROOT / "unlearn.py", *self.flags, "--steps", 10**6, "--save_every", 2, "--out",
+                   self.tmp / "run"]
+        run = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while not list(self.tmp.glob("run.state/*/note.json")):
+            time.sleep(0.1)
+            self.assertIsNone(run.poll())
+        run.send_signal(signal.SIGTERM)
+        _, err = run.communicate(timeout=60)
+        self.assertEqual((run.returncode, err.strip().splitlines()[-1]),
+                         (130, "stopped: go on with the same command and --resume"))
+
+
+# ---- numbers that would be silently wrong -------------------------------------------------------------
+
+class Silent(Folder):
+    def eos_tokenizer(self):
+        """words(), but with EOS behind every text."""
+        from tokenizers import processors
+        tok = words()
+        ends = [("<bos>", tok.bos_token_id), ("<eos>", tok.eos_token_id)]
+        tok.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>",
+                                                                             special_tokens=ends)
+        return tok
+
+    def test_a_tokenizer_that_appends_eos_shifts_no_border(self):
+        model = little_llama()
+        plain = words()
+        eos = self.eos_tokenizer()
+        self.assertEqual(eos("the cat").input_ids[-1], eos.eos_token_id)
+        asked = evaluate.ask(QUESTIONS, PROMPT)
+        torch.testing.assert_close(evaluate.choice_logps(model, eos, asked),
+                                   evaluate.choice_logps(model, plain, asked))
+        pair = [("Question: who sat?", " Answer: the cat", "here")]
+        self.assertEqual(models.encode(eos, pair, 64), models.encode(plain, pair, 64))
+        prompts = [("one two", ""), ("the cat sat on", "")]
+        self.assertEqual(models.generate(model, eos, prompts, 5), models.generate(model, plain, prompts, 5))
+        question = asked[0]["context"]
+        tokens = [sam.kernel_file("gcg").Tokens(tok, 40, question, "cpu") for tok in (eos, plain)]
+        self.assertEqual(tokens[0].head + tokens[0].after_word(question),
+                         tokens[1].head + tokens[1].after_word(question))
+        self.assertTrue(tokens[0].survives([5, 6, 7]))
+
+    def test_scores_are_cached_until_questions_corpora_or_weights_change(self):
+        world = self.tmp / "world"
+        flags = write_world(world, little_llama(torch.float32))
+        run = self.tmp / "run"
+        self.run_script("unlearn.py", *flags, "--out", run)
+
+        def rescored():
+            before = (run / "evaluate.json").stat().st_mtime_ns if (run / "evaluate.json").exists() else 0
+            _, _, err = run_here("evaluate.py", run)
+            after = (run / "evaluate.json").stat().st_mtime_ns
+            self.assertEqual("cached" in err, before == after)
+            return before != after
+        self.assertTrue(rescored())
+        self.assertFalse(rescored())
+        for name in ("mcq_retain.jsonl", "forget.jsonl"):
+            path = world / name
+            path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+            self.assertTrue(rescored(), name)
+            self.assertFalse(rescored(), name)
+        write_model(run, little_llama(torch.float32, seed=1))
+        self.assertTrue(rescored())
+
+    def test_resume_refuses_another_corpus_or_model(self):
+        world = self.tmp / "world"
+        flags = [*write_world(world, little_llama(torch.float32)), "--out", self.tmp / "run", "--save_every", 2]
+        self.assertEqual(Runs.broken_off(self, 4, *flags), 130)
+        kept = (world / "forget.jsonl").read_text()
+        write_rows(world / "forget.jsonl", [{"text": text} for text in TEXTS])
+        self.run_script("unlearn.py", *flags, "--resume", says="another data")
+        (world / "forget.jsonl").write_text(kept)
+        write_model(world / "model", little_llama(torch.float32, seed=1))
+        self.run_script("unlearn.py", *flags, "--resume", says="another model")
+
+    def test_the_prefix_attack_embeds_as_the_model_does(self):
+        from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GemmaConfig, GemmaForCausalLM
+        small = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, head_dim=8,
+                     num_key_value_heads=1, intermediate_size=24, max_position_embeddings=64)
+        gcg = sam.kernel_file("gcg")
+        task = {"head": [1], "ids": torch.tensor([[7, 8, 9]]), "layer": 1}
+        prefix = torch.tensor([[4, 5]])
+        for model in (GemmaForCausalLM(GemmaConfig(**small)), Gemma3ForCausalLM(Gemma3TextConfig(**small)),
+                      little_llama(torch.float32, vocab_size=40)):
+            with torch.no_grad():
+                got = gcg.run_prefix(model.eval(), F.one_hot(prefix, 40).float(), task)[0][0, 0]
+                want = model(torch.tensor([[1, 4, 5, 7, 8, 9]])).logits[0]
+            torch.testing.assert_close(got, want)
+
+    def test_rs_warns_where_bf16_swallows_its_noise(self):
+        flags = write_world(self.tmp / "world", little_llama(torch.float32))
+        for dtype, warned in (("bfloat16", True), ("float32", False)):
+            more = ("--smooth", "rs", "--rs_sigma", 1e-4, "--param_dtype", dtype, "--out", self.tmp / dtype)
+            _, _, err = run_here("unlearn.py", *flags, *more)
+            self.assertEqual("precision: " in err, warned, err)
+
+    def test_a_run_reads_the_same_in_transformers_4(self):
+        """What 4.57 looks for in the files; it was tried in an environment of its own."""
+        rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+        flags = write_world(self.tmp / "world", little_llama(torch.float32, rope_parameters=rope))
+        self.run_script("unlearn.py", *flags, "--steps", 1, "--out", self.tmp / "run")
+        config = read_json(self.tmp / "run" / "config.json")
+        self.assertEqual((config["rope_theta"], config["rope_scaling"]["rope_type"]), (5e5, "llama3"))
+        tokenizer = read_json(self.tmp / "run" / "tokenizer_config.json")
+        self.assertEqual(tokenizer["tokenizer_class"], "PreTrainedTokenizerFast")
+        again = models.load_model(self.tmp / "run")[0].config.rope_parameters
+        self.assertEqual({key: again[key] for key in rope}, rope)
+
+
+# ---- files that are not what they should be -----------------------------------------------------------
+
+class Foreign(Folder):
+    def setUp(self):
+        super().setUp()
+        self.world = self.tmp / "world"
+        self.flags = [*write_world(self.world, little_llama(torch.float32)), "--out", self.tmp / "run"]
+        self.model = self.world / "model"
+
+    def refused(self, says, *more):
+        self.run_script("unlearn.py", *self.flags, *more, says=says)
+        self.assertFalse((self.tmp / "run").exists())
+
+    def test_models_that_are_broken_foreign_or_not_whole(self):
+        from safetensors.torch import load_file, save_file
+        path = self.model / "model.safetensors"
+        weights = {name: t.clone() for name, t in load_file(path).items()}      # not mapped from the file
+        data = path.read_bytes()
+        for content in (b"", data[:len(data) // 2], b"{}", b"\x08\x00\x00\x00\x00\x00\x00\x00notjson!"):
+            path.write_bytes(content)
+            self.refused("does not load")
+        save_file({k: v for k, v in weights.items() if "layers.1.mlp" not in k}, path, {"format": "pt"})
+        self.refused("lacks 3 of its weights")
+        save_file({k: v[:1] if v.dim() > 1 else v for k, v in weights.items()}, path, {"format": "pt"})
+        self.refused("does not load")
+        path.unlink()
+        torch.save(weights, self.model / "pytorch_model.bin")                    # a pickle
+        self.refused("does not load")
+        (self.model / "config.json").unlink()
+        (self.model / "adapter_config.json").write_text("{}")
+        self.refused("adapter_config.json:1")
+
+    def test_code_in_a_model_folder_does_not_run(self):
+        config = read_json(self.model / "config.json")
+        ran = self.tmp / "ran"
+        (self.model / "mine.py").write_text(f"open({str(ran)!r}, 'w')\n")
+        named = {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M", "AutoTokenizer": ["mine.T", None]}
+        (self.model / "config.json").write_text(json.dumps(config | {"model_type": "mine", "auto_map": named}))
+        with mock.patch("builtins.input", return_value="y"):
+            self.refused("does not load")
+        self.assertFalse(ran.exists())
+
+    def test_tokens_that_the_model_has_no_embedding_for(self):
+        tok = words([*TEXTS, "a word that is new"])
+        tok.save_pretrained(self.model)
+        for name in ("forget", "retain"):
+            write_rows(self.world / f"{name}.jsonl", [{"text": "A. A."}, {"text": "who is new"}])
+        self.refused("forget.jsonl:2")
+
+    def test_json_of_runs_that_was_cut_off_or_edited(self):
+        self.run_script("unlearn.py", *self.flags)
+        run = self.tmp / "run"
+        self.run_script("relearn.py", run, "--samples", 2, "--draws", 1)
+        self.run_script("evaluate.py", run)
+        for name, script in (("result.json", "relearn.py"), ("result.json", "evaluate.py"),
+                             ("relearn.json", "evaluate.py"), ("evaluate.json", "evaluate.py")):
+            kept = (run / name).read_text()
+            for text in (kept[:len(kept) // 2], "", "[]", "7", '{"args": 3}', '{"stage": 1, "args": {}}',
+                         '{"args": {}, "metrics": {}}', '{"args": {}, "metrics": {"budgets": [{}]}}',
+                         "[" * 100_000):
+                (run / name).write_text(text)
+                status, _, err = run_here(script, run)
+                fine = name == "evaluate.json" and status == 0       # it may be scored again
+                lines = [line for line in err.splitlines() if line.startswith("error: ")]
+                self.assertTrue(fine or (status, len(lines)) == (2, 1), f"{name} {text[:60]} {err}")
+            (run / name).write_text(kept)
+
+    def test_states_that_are_broken_or_foreign(self):
+        self.assertEqual(Runs.broken_off(self, 4, *self.flags, "--save_every", 2), 130)
+        part = next((self.tmp / "run.state").iterdir())
+        weights = next(part.glob("*.safetensors"))
+        kept = weights.read_bytes()
+        for path, content in ((weights, b""), (weights, kept[:-500]), (part / "note.json", b"{}"),
+                              (part / "note.json", b'{"args": {}, "curve'), (weights, b"x" * 100)):
+            before = path.read_bytes()
+            path.write_bytes(content)
+            self.refused("run.state", "--resume")
+            path.write_bytes(before)
+        self.run_script("unlearn.py", *self.flags, "--resume")
+
+    def test_a_byte_order_mark_is_no_text(self):
+        path = self.tmp / "x.jsonl"
+        path.write_bytes(b"\xef\xbb\xbf" + b'{"text": "a"}\n')
+        self.assertEqual(formats.read_jsonl(path, formats.text_row)[0]["text"], "a")
 
 
 # ---- the scripts, as a user runs them (slow: trains the built-in target once) -------------------------
@@ -3457,11 +3704,26 @@ class BadInput(Folder):
             (("--sam_direction", "momentum", "--smooth", "gp"), "sam_direction"),
             (("--lookahead_steps", 2), "--sam_direction lookahead"), (("--beta", 0), "beta"),
             (("--sam_modules", "("), "regular expression"), (("--stochastic_rounding",), "bfloat16"),
+            (("--loss", "simnpo", "--reduce", "sum"), "simnpo"), (("--warmup", 5), "at most 1"),
+            (("--stop_ue", 7), "at most 1"), (("--seed", 2**64), "at most"), (("--wa_start", -7), "-7"),
             (("--loss", "rmu", "--rmu_layer", 1), "rmu_layer"), (("--loss", "ga", "--retain", "kl"), "graddiff"),
             (("--smooth", "wa", "--wa_start", 500), "500")), "--out", self.tmp / "never", "--no-relearn")
         self.refused("unlearn.py", (
-            (("--lr", 1e20), "not finite"), (("--out", self.world), "exists"),
-            (("--out", self.plain), "exists")), *self.flags, "--out", self.tmp / "never")
+            (("--lr", 1e5), "not finite"), (("--lr", 1e38), "at most"),
+            (("--out", self.world), "which the run reads")), *self.flags, "--out", self.tmp / "never")
+
+    def test_no_flag_for_a_number_takes_anything_else(self):
+        for script, run in ((unlearn, []), (relearn, ["run"]), (evaluate, ["run"])):
+            parser = script.flags()
+            for action in parser._actions:
+                if action.type is None or action.dest == "device":
+                    continue
+                for text in ("nan", "inf", "-1", "x", "", "1e999", "0x10"):
+                    err = io.StringIO()
+                    given = [f"{action.option_strings[0]}={text}"] * (action.nargs if action.nargs in (4, 5) else 1)
+                    with contextlib.redirect_stderr(err), self.assertRaises(SystemExit, msg=given) as stopped:
+                        parser.parse_args([*run, *given])
+                    self.assertEqual((stopped.exception.code, err.getvalue().count("\n")), (2, 1), given)
 
     def test_rows_of_data(self):
         kept = {name: (self.world / name).read_text()
@@ -3473,6 +3735,9 @@ class BadInput(Folder):
                 ("forget.jsonl", '"a cat"', ("--loss", "dpo"), "forget.jsonl:1"),
                 ("forget.jsonl", json.dumps("cat " * 80), (), "--max_len 64"),
                 ("retain.jsonl", "", (), "no rows"),
+                ("retain.jsonl", '{"text": "a cat", "text": "a dog"}', (), "retain.jsonl:1"),
+                ("retain.jsonl", "[" * 100_000, (), "retain.jsonl:1"),
+                ("mcq_forget.jsonl", json.dumps(dict(QUESTIONS[0], choices=["a"] * 4)), (), "differ"),
                 ("mcq_forget.jsonl", asked.replace('"answer": 1', '"answer": 4'), (), "mcq_forget.jsonl:1"),
                 ("meta.json", "{", (), "meta.json:1"), ("meta.json", '{"prompt": "x"}', (), "{question}")):
             (self.world / name).write_text(text)
@@ -3485,7 +3750,7 @@ class BadInput(Folder):
             (("nowhere",), "nowhere"), ((self.plain,), "--data FOLDER"),
             ((self.plain, *data, "--samples", 9999), "9999"),
             ((self.plain, *data, "--quantize", 4, "--lora", 2), "--lora"),
-            ((self.plain, *data, "--prune", 101), "101"),
+            ((self.plain, *data, "--prune", 101), "101"), ((self.plain, *data, "--quantize", 64), "at most 16"),
             ((self.plain, *data, "--geometry", "--lora", 1), "drop one"),
             ((self.plain, *data, "--attack_data", "no.jsonl"), "no.jsonl")))
         self.refused("evaluate.py", (

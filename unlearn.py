@@ -22,9 +22,9 @@ import math
 import os
 import random
 import re
+import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
@@ -32,8 +32,10 @@ from tqdm import tqdm
 import evaluate
 import relearn
 import sam
-from data import formats, losses, memory, models, processes, runs, tables
+from data import formats, losses, memory, models, processes, runs, states, tables
+from data.adapters import Adapters
 from data.formats import InputError
+from data.texts import Texts, shuffled
 
 
 # ---- the smoothers by name ----------------------------------------------------------------------------
@@ -91,7 +93,7 @@ def parse_smooth(text):
     return (inside[0] if inside else "none"), "wa" in parts
 
 
-# ---- texts, and what a step descends -----------------------------------------------------------------------------
+# ---- inputs, and what a step descends -----------------------------------------------------------------------------
 
 def find_inputs(args):
     """The data folder; fills in args.data and args.model, which for the built-in benchmark follow from it."""
@@ -104,50 +106,30 @@ def find_inputs(args):
     return folder
 
 
-def load_texts(args, folder, model, tokenizer):
-    """Encoded samples: forget, retain, and chosen, the preferred answers of dpo (else None)."""
-    context = models.context_of(model)
-    forget = formats.read_jsonl(folder / "forget.jsonl", formats.text_row)
-    retain = formats.read_jsonl(folder / "retain.jsonl", formats.text_row)
-    texts = SimpleNamespace(forget=models.encode_rows(tokenizer, forget, context, args.max_len),
-                            retain=models.encode_rows(tokenizer, retain, context, args.max_len),
-                            chosen=None, ref=None, chosen_ref=None)
-    if args.loss == "dpo":
-        rejected = []
-        chosen = []
-        for row in forget:
-            if "prompt" not in row or "completion" not in row:
-                raise InputError(f"{row['where']}: --loss dpo needs prompt and completion, found only a text")
-            rejected.append((row["prompt"], row["completion"], row["where"]))
-            chosen.append((row["prompt"], " " + args.idk_text, row["where"]))
-        texts.forget = models.encode(tokenizer, rejected, context, args.max_len)
-        texts.chosen = models.encode(tokenizer, chosen, context, args.max_len)
-    return texts
+def say_what(args, model, texts):
+    """Print what is about to be unlearned from what."""
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{args.model}: {size:,} parameters, {args.param_dtype} on {args.device}; {len(texts.forget):,} forget "
+          f"and {len(texts.retain):,} retain samples")
+    saved = model.saved_dtype
+    if saved and saved.itemsize < model.dtype.itemsize:
+        print(f"the checkpoint is in {str(saved)[6:]}: in {args.param_dtype} the result is larger on disk")
 
 
-def forget_batches(texts, picks, args, pad):
-    """micro_batches() of the picked forget samples, each with its preferred answers where there are any."""
-    how = (args.micro_batch, pad, args.device)
-    micro = losses.micro_batches(texts.forget, picks, *how, texts.ref)
-    if texts.chosen:
-        chosen = losses.micro_batches(texts.chosen, picks, *how, texts.chosen_ref)
-        for batch, other in zip(micro, chosen):
-            batch["chosen"] = other
-    return micro
+def inputs_of(texts, model):
+    """What tells that --resume has the same data and the same model: a hash of all tokens, and the norm of the
+    weights to six digits, since sums over other numbers of processes differ in the last ones."""
+    norm = sam.global_norm([p.detach() for p in model.parameters()])
+    return {"data": texts.digest(), "model": f"{norm:.6g}"}
 
 
-def add_references(texts, model, args, pad):
-    """Log-probabilities of the samples under the model before unlearning, for the losses that compare."""
-    if args.loss in losses.NEEDS_REFERENCE:
-        texts.ref = losses.reference_logps(model, texts.forget, args.micro_batch, pad, args.reduce)
-    if texts.chosen:
-        texts.chosen_ref = losses.reference_logps(model, texts.chosen, args.micro_batch, pad, args.reduce)
-
-
-def frozen_model(args, model):
-    """The model before unlearning, where the loss compares with its states or its whole vocabulary."""
+def frozen_model(args, model, adapters=None):
+    """The model before unlearning, where the loss compares with its states or its whole vocabulary: the same one
+    with its adapters off, or a second one."""
     if args.loss != "rmu" and args.retain != "kl":
         return None
+    if adapters:
+        return adapters.without()
     frozen = models.load_model(args.model, args.device, model.dtype)[0].requires_grad_(False)
     if processes.count() > 1:
         frozen.set_reshard_after_forward(False, recurse=False)       # it never changes; kl_sum needs it
@@ -173,16 +155,6 @@ def objectives(args, model, frozen):
     return descend_forget, descend_retain
 
 
-def shuffled(n, size, rng):
-    """Endless lists of `size` indices below n: one shuffled pass after another."""
-    order = []
-    while True:
-        while len(order) < size:
-            order += rng.sample(range(n), n)
-        yield order[:size]
-        order = order[size:]
-
-
 # ---- what trains, and how -----------------------------------------------------------------------------
 
 def matching(named, flag, pattern):
@@ -206,16 +178,21 @@ def train_only(model, pattern):
 def complete_for(args, model):
     """Fill in the flags whose defaults follow from the model, so that vars(args) is what runs."""
     config = model.config.get_text_config()
-    if args.loss == "rmu":
+    if args.loss == "rmu" and args.lora:
+        args.rmu_layer = args.rmu_layer or config.num_hidden_layers * 7 // 32
+    elif args.loss == "rmu":
         depth = config.num_hidden_layers
-        if args.rmu_layer < 0:
+        if args.rmu_layer is None:
             args.rmu_layer = depth * 7 // 32
         if args.rmu_layer > depth - 2:
             raise InputError(
                 f"--rmu_layer {args.rmu_layer}: choose 0 to {depth - 2}, the model has {depth} layers")
-        layers = range(max(0, args.rmu_layer - 2), args.rmu_layer + 1)
-        args.train_modules = args.train_modules or "layers\\.({})\\.mlp\\.down_proj".format(
-            "|".join(map(str, layers)))
+        layers = "|".join(map(str, range(max(0, args.rmu_layer - 2), args.rmu_layer + 1)))
+        usual = f"layers\\.({layers})\\.mlp\\.down_proj"
+        if not args.train_modules and not any(re.search(usual, name) for name, _ in model.named_parameters()):
+            raise InputError(f"--loss rmu usually trains {usual}, which {type(model).__name__} does not have: "
+                             "name the matrices to train with --train_modules")
+        args.train_modules = args.train_modules or usual
     if args.sam_rho is None:          # a sign step changes a layer's output by up to rho * width, as Adam's
         args.sam_rho = float(f"{0.1 / config.hidden_size:.0e}")      # does: muP, arXiv 2203.03466
 
@@ -226,7 +203,8 @@ def choose_kernels(args, model):
     try:
         ops, why = sam.operations(list(model.parameters()), args.triton)
         args.triton = ops.__name__ != "torch"
-        own = args.triton or args.stochastic_rounding or args.state_dtype != args.param_dtype
+        trained = "float32" if args.lora else args.param_dtype
+        own = args.triton or args.stochastic_rounding or args.state_dtype != trained
         adamw = sam.kernel_file("adamw") if own else None
     except (ValueError, ImportError, FileNotFoundError) as e:
         raise InputError(f"--triton {args.triton} --stochastic_rounding {args.stochastic_rounding}: {e}; "
@@ -248,8 +226,12 @@ def make_optimizer(args, params, adamw=None):
 
 def learning_rate(step, steps, peak, warmup, decay):
     """Rate of a step counted from 0: linear warm-up over the share `warmup`, then constant or linear to 0."""
-    ramp = min(1.0, (step + 1) / max(1, round(warmup * steps)))
-    return peak * ramp * (1 - step / steps if decay == "linear" else 1.0)
+    ramp = round(warmup * steps)
+    if step < ramp:
+        return peak * ((step + 1) / ramp)
+    if decay == "linear":
+        return peak * ((steps - step) / (steps - ramp))
+    return peak
 
 
 def precision_warning(stats, dtype):
@@ -270,8 +252,13 @@ class Unlearning:
     def __init__(self, args, model, adamw=None):
         self.args = args
         self.model = model
-        self.forget, self.retain = objectives(args, model, frozen_model(args, model))
-        self.named = train_only(model, args.train_modules)
+        self.adapters = None
+        if args.lora:
+            self.adapters = Adapters(model, args.lora, args.lora_alpha, args.lora_modules, args.seed)
+            self.named = self.adapters.named()
+        self.forget, self.retain = objectives(args, model, frozen_model(args, model, self.adapters))
+        if not args.lora:
+            self.named = train_only(model, args.train_modules)
         self.params = [p for _, p in self.named]
         perturb = [p for _, p in matching(self.named, "sam_modules", args.sam_modules)]
         inside, averaged = parse_smooth(args.smooth)
@@ -279,15 +266,17 @@ class Unlearning:
         self.average = sam.WA(self.params, args.triton) if averaged else None
         self.optimizer = make_optimizer(args, self.params, adamw)
 
-    def plan(self, samples, pad):
-        """memory.plan() of this run on the longest of samples."""
+    def plan(self, texts):
+        """memory.plan() of this run on the longest of texts."""
         args = self.args
+        samples = texts.forget + texts.retain + (texts.chosen or [])
         activations = memory.activation_bytes(self.model, samples, args.micro_batch,
-                                              args.gradient_checkpointing, pad)
+                                              args.gradient_checkpointing, texts.pad)
         total = sum(p.numel() for p in self.model.parameters())
         trained = sum(p.numel() for p in self.params)
         copies = getattr(self.smoother, "copies", 1)
-        return memory.plan(args, total, trained, copies, activations, processes.count())
+        size = self.params[0].element_size()
+        return memory.plan(args, total, trained, size, copies, activations, processes.count())
 
     def step(self, i, forget, retain, attack):
         """The smoothed forget gradient into p.grad, the retain gradient at theta on top of it, clip, AdamW.
@@ -320,54 +309,62 @@ class Unlearning:
             self.average.update()
         return {"lr": lr, **values}
 
-    def finish(self):
-        """With wa, put the mean of the weights in their place: it is what is scored, saved and attacked."""
+    def weights(self):
+        """{name: tensor} of what trains."""
+        return {f"weights.{name}": p.detach() for name, p in self.named}
+
+    def keep_if_best(self, folder, point, before):
+        """With --keep best, save the weights if UE is the highest so far among those that keep UT; before: UE and
+        UT of the start. An equal UE comes too late."""
+        if self.args.keep != "best" or (point["UT"] or 0) < self.args.keep_ut * (before["UT"] or 0):
+            return
+        _, kept = states.last(folder, "UE")
+        if kept is None or point["UE"] > kept["UE"]:
+            states.save(folder, point["step"], self.weights(), {k: point[k] for k in ("step", "UE", "UT")})
+
+    def finish(self, folder):
+        """Put in place what is scored, saved and attacked: with wa the mean of the weights, with --keep best those
+        in `folder`, else the last ones; merge adapters. Refuses weights that are not finite. Returns the step, UE
+        and UT of the best, None without."""
+        part, kept = states.last(folder, "UE")
+        if part:
+            states.load(part, self.weights())
+        elif self.args.keep == "best":
+            formats.warn(f"--keep best: UT was never at least {self.args.keep_ut} of the start; kept the last step")
         if self.average and not self.average.count:
             formats.warn(f"wa: stopped before step {self.args.wa_start}, so nothing was averaged")
         if self.average:
             self.average.swap()
+        if not math.isfinite(sam.global_norm([p.detach() for p in self.params])):
+            raise InputError("the last step left weights that are not finite; nothing written; lower --lr")
+        if self.adapters and self.args.lora_save == "merged":
+            lost = self.adapters.merge()
+            print(f"merged the adapters; rounding to {self.args.param_dtype} lost {lost:.2g} of them")
+        return kept
 
-    def tensors(self):
-        """{name: tensor} of all that changes from step to step: weights, optimizer states, what the smoother
-        keeps, averaged weights."""
-        out = {}
-        kept = getattr(self.smoother, "kept", {})
-        for i, (name, p) in enumerate(self.named):
-            out[f"weights.{name}"] = p.detach()
-            for key, t in self.optimizer.state[p].items():
-                out[f"{key}.{name}"] = t
-            if p in kept:
-                out[f"kept.{name}"] = kept[p]
-            if self.average and self.average.mean:
-                out[f"mean.{name}"] = self.average.mean[i]
-        return out
+    def save_adapters(self):
+        """What writes the adapters alone into a folder, None where the whole model is to be written."""
+        if not self.adapters or self.args.lora_save == "merged":
+            return None
+        return lambda folder: self.adapters.save(folder, self.args.model)
 
-    def numbers(self):
-        """The counts that go with tensors()."""
-        return {"draws": getattr(self.smoother, "draws", 0),
-                "averaged": self.average.count if self.average else 0}
+    def save(self, state, step, note):
+        """Write a state that --resume goes on from."""
+        tensors = states.tensors_of(self.named, self.optimizer, self.smoother, self.average)
+        states.save(state, step, tensors, note | states.numbers_of(self.smoother, self.average))
 
-    @torch.no_grad()
-    def resume(self, part, note):
-        """Put the state that runs.save_state wrote in `part` in place, for any number of processes."""
+    def resume(self, part, note, inputs):
+        """Go on from a state, after a look at its flags and inputs_of(), which must be what they are now."""
+        for name, value in inputs.items():
+            if value != note["inputs"][name]:
+                raise InputError(f"--resume: {part.parent} was written with another {name}: put it back, or "
+                                 "remove the folder to start again")
         free = {"out", "overwrite", "resume", "save_every", "relearn", "device", "micro_batch"}
         for key, value in note["args"].items():
             if key not in free and value != vars(self.args)[key]:
                 raise InputError(f"--resume: {part.parent} was written with --{key} {value}, now it is "
                                  f"{vars(self.args)[key]}: give the same flags, or remove it to start again")
-        saved = runs.saved_tensors(part)         # {name: dtype}: make room for what a new run does not have
-        for name, p in self.named:
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                if f"{key}.{name}" in saved:
-                    like = torch.zeros(()) if key == "step" else p
-                    self.optimizer.state[p][key] = torch.zeros_like(like, dtype=saved[f"{key}.{name}"])
-            if f"kept.{name}" in saved:
-                self.smoother.kept[p] = torch.zeros_like(p, dtype=saved[f"kept.{name}"])
-        if note["averaged"]:
-            self.average.update()
-            self.average.count = note["averaged"]
-        self.smoother.draws = note["draws"]
-        runs.load_state(part, self.tensors())
+        states.put_back(part, note, self.named, self.optimizer, self.smoother, self.average)
 
 
 # ---- flags --------------------------------------------------------------------------------------------
@@ -385,7 +382,7 @@ def flags():
                    help="folder with forget.jsonl, ... (default: built-in)")
     g.add_argument("--out", help="run folder (default: out/LOSS+SMOOTH[-VARIANT]-sSEED)")
     g.add_argument("--overwrite", action=yes_no, default=False, help="replace OUT when it exists")
-    g.add_argument("--seed", type=count, default=0,
+    g.add_argument("--seed", type=runs.SEED, default=0,
                    help="of batches and noise; built-in: of world and target too")
     smoother_flags(p)
     loss_flags(p)
@@ -393,22 +390,33 @@ def flags():
     g.add_argument("--steps", type=some, default=160, help="7B: 125")
     g.add_argument("--batch_size", type=some, default=32,
                    help="forget samples, and as many retain, a step; 7B: 4")
-    g.add_argument("--lr", type=runs.number(float, 0, above=True), default=3e-4, help="of AdamW; 7B: 5e-6")
-    g.add_argument("--warmup", type=real, default=0.1, help="share of the steps")
+    g.add_argument("--lr", type=runs.RATE, default=3e-4, help="of AdamW; 7B: 5e-6")
+    g.add_argument("--warmup", type=runs.number(float, 0, 1), default=0.1, help="share of the steps")
     g.add_argument("--decay", choices=["none", "linear"], default="none", help="after warm-up; 7B: linear")
     g.add_argument("--weight_decay", type=real, default=0.0, help="of AdamW")
     g.add_argument("--clip", type=real, default=1.0, help="largest gradient norm, 0 = no clipping")
     g.add_argument("--train_modules", default="", metavar="REGEX", help="train only matching parameters "
                    "(default all; rmu: down_proj of its layer and two below)")
+    g.add_argument("--lora", type=some, default=0, metavar="RANK",
+                   help="train adapters of this rank in fp32, the model frozen in --param_dtype (0 = the weights)")
+    g.add_argument("--lora_alpha", type=runs.number(float, 0, above=True),
+                   help="their weight is alpha / rank (default: 2 rank)")
+    g.add_argument("--lora_modules", default="", metavar="REGEX", help="adapt only matching layers")
+    g.add_argument("--lora_save", choices=["merged", "adapter"], default="merged",
+                   help="a whole model, or PEFT's two files beside its base")
     g.add_argument("--max_len", type=count, default=0, help="cut samples to so many tokens (0: too long = error)")
     g.add_argument("--save_every", type=count, default=0,
                    help="steps between saves of OUT.state, removed at the end (0: none)")
     g.add_argument("--resume", action=yes_no, default=False, help="go on from there, if it is there")
     memory_flags(p)
     g = p.add_argument_group("measuring")
-    g.add_argument("--stop_ue", type=real, default=0.0, help="stop once UE reaches this (0 = fixed steps)")
+    g.add_argument("--stop_ue", type=runs.number(float, 0, 1), default=0.0, help="stop once UE reaches this (0 = fixed steps)")
     g.add_argument("--eval_every", type=count, default=0,
-                   help="steps between UE on the curve (0: 5 with stop_ue)")
+                   help="steps between UE and UT on the curve (0: none; 5 with stop_ue or keep)")
+    g.add_argument("--eval_limit", type=some, default=256, help="most questions of each kind asked on the way")
+    g.add_argument("--keep", choices=["last", "best"], default="last",
+                   help="best: the weights of highest UE on the way whose UT is at least keep_ut of the start")
+    g.add_argument("--keep_ut", type=runs.number(float, 0, 1), default=0.98, help="share of UT that best keeps")
     g.add_argument("--relearn", action=yes_no, default=True, help="attack the result with relearn.py's defaults")
     return p
 
@@ -440,7 +448,7 @@ def smoother_flags(p):
     g.add_argument("--cr_mu", type=above, default=0.1, help="radius of cr; 7B: .01")
     g.add_argument("--cr_lambda", type=real, default=0.3,
                    help="weight of cr; 7B: 10, on a gradient that was zero")
-    g.add_argument("--wa_start", type=int, default=-1,
+    g.add_argument("--wa_start", type=runs.number(int, 0),
                    help="first step averaged (default: 4/5 in); 7B: 100 of 125")
     g.add_argument("--wa_every", type=some, default=5, help="steps between averaged weights; 7B: 5")
 
@@ -460,7 +468,7 @@ def loss_flags(p):
     g.add_argument("--reduce", choices=["mean", "sum"], default="mean",
                    help="a sample's log-probability over tokens")
     g.add_argument("--idk_text", default="I don't know.", help="the preferred answer of dpo")
-    g.add_argument("--rmu_layer", type=int, default=-1, help="counted from 0; 7B: 7 (default: 7/32 of the depth)")
+    g.add_argument("--rmu_layer", type=runs.number(int, 0), help="counted from 0; 7B: 7 (default: 7/32 of the depth)")
     g.add_argument("--rmu_c", type=real, default=6.5, help="length of rmu's random goal; 7B: 6.5 or 20")
     g.add_argument("--rmu_alpha", type=real, default=1200.0, help="weight of rmu's retain term; 7B: 1200")
 
@@ -508,9 +516,24 @@ def choose_sam(args, default_of):
                          "looks at no attacker; add --sam_direction lookahead, or drop it")
 
 
+def check_lora(args, default_of):
+    """Refuse what adapters do not go with, and fill in their weight."""
+    args.lora_alpha = args.lora_alpha or 2 * args.lora
+    for name in ("train_modules", "stochastic_rounding"):
+        if getattr(args, name) != default_of(name):
+            raise InputError(f"--{name}: --lora {args.lora} trains adapters alone, in fp32; drop one of them")
+    if args.lora_save == "adapter" and "wa" in args.smooth.split("+"):
+        raise InputError("--lora_save adapter: the mean of adapters is not an adapter of that rank; drop wa, or "
+                         "--lora_save merged")
+    if processes.count() > 1:
+        raise InputError("--lora needs whole weights: run without torchrun")
+
+
 def default_out(args):
     """out/LOSS+SMOOTH[-VARIANT]-sSEED."""
     name = args.loss + ("" if args.smooth == "none" else f"+{args.smooth}")
+    if args.lora:
+        name += f"-lora{args.lora}"
     for value, usual in ((args.sam_direction, "gradient"), (args.sam_norm, "l2")):
         if value != usual:
             name += f"-{value}"
@@ -524,7 +547,7 @@ def parse_args(argv=None):
     if args.stochastic_rounding and args.param_dtype != "bfloat16":
         raise InputError(f"--stochastic_rounding: {args.param_dtype} needs none; add --param_dtype bfloat16")
     choose_sam(args, p.get_default)
-    for name in ("sam_modules", "train_modules"):
+    for name in ("sam_modules", "train_modules", "lora_modules"):
         try:
             re.compile(getattr(args, name))
         except re.error as e:
@@ -532,60 +555,80 @@ def parse_args(argv=None):
     if args.loss in ("ga", "rmu") and args.retain not in (None, "none"):
         fix = {"ga": "ga has none; use --loss graddiff", "rmu": "rmu brings its own, --rmu_alpha; drop it"}
         raise InputError(f"--retain {args.retain}: {fix[args.loss]}")
+    if args.loss == "simnpo" and args.reduce == "sum":
+        raise InputError("--reduce sum: simnpo is defined by the mean over tokens; drop it, or use --loss npo")
     args.retain = args.retain or ("none" if args.loss in ("ga", "rmu") else "nll")
-    args.state_dtype = args.state_dtype or args.param_dtype
+    if args.lora:
+        check_lora(args, p.get_default)
+    args.state_dtype = args.state_dtype or ("float32" if args.lora else args.param_dtype)
     args.micro_batch = args.micro_batch or args.batch_size
-    if args.wa_start < 0:
+    if args.wa_start is None:
         args.wa_start = args.steps * 4 // 5
     if parse_smooth(args.smooth)[1] and args.wa_start >= args.steps:
         raise InputError(
             f"--wa_start {args.wa_start}: nothing to average in {args.steps} steps; start earlier")
-    args.eval_every = args.eval_every or (5 if args.stop_ue else 0)
-    args.out = args.out or default_out(args)
-    if Path(args.out).exists() and not args.overwrite:
-        raise InputError(f"--out {args.out} exists: choose another name, or replace it with --overwrite")
-    if Path(f"{args.out}.state").exists() and not args.resume and not args.overwrite:
-        raise InputError(f"{args.out}.state: a run was broken off; go on with --resume, or remove it")
+    args.eval_every = args.eval_every or (5 if args.stop_ue or args.keep == "best" else 0)
+    if args.keep == "best" and parse_smooth(args.smooth)[1]:
+        raise InputError("--keep best: wa saves a mean over steps, which was never scored; drop one of them")
+    args.out = str(Path(args.out or default_out(args)))
     return args
 
 
+def find_out(args, folder, stack):
+    """(OUT, OUT.state, OUT.best), which are this run's until its end; with --resume a finished OUT needs no
+    training."""
+    out = Path(args.out)
+    state = Path(f"{args.out}.state")
+    best = Path(f"{args.out}.best")
+    if args.resume and runs.stage_of(out) == "unlearn":
+        if args.relearn and not (out / "relearn.json").exists():
+            relearn.attack(relearn.parse_args([args.out, "--device", args.device]))
+        print(f"{out} is finished: nothing is left to resume")
+        sys.exit()
+    stack.enter_context(runs.claimed(out, args.overwrite, [folder, args.model]))
+    if state.exists() and not args.resume and not args.overwrite:
+        raise InputError(f"{state}: a run was broken off; go on with --resume, or remove it")
+    if not args.resume:
+        states.remove(best)                      # of a run that was broken off
+    return out, state, best
+
+
 if __name__ == "__main__":
-    with runs.one_line_errors():
+    with runs.one_line_errors() as stack:
         # -- setup
         start = time.time()
         args = parse_args()
         processes.join(args.device)
         folder = find_inputs(args)
-        out = Path(args.out)
-        state = Path(f"{args.out}.state")
+        out, state, best = find_out(args, folder, stack)
+        runs.prepare_world(folder, args.seed)
         rng = random.Random(args.seed)
         torch.manual_seed(args.seed)
 
         # -- data and model
         questions = evaluate.load_questions(folder)
-        if args.stop_ue and "mcq_forget" not in questions:
-            raise InputError(f"--stop_ue {args.stop_ue}: needs {folder / 'mcq_forget.jsonl'}, which is missing")
+        few = {name: formats.spaced(rows, args.eval_limit) for name, rows in questions.items()}
+        if (args.stop_ue or args.keep == "best") and "mcq_forget" not in questions:
+            raise InputError(f"--stop_ue and --keep best need {folder / 'mcq_forget.jsonl'}, which is missing")
         model, tokenizer = models.load_model(args.model, args.device, getattr(torch, args.param_dtype))
-        pad = tokenizer.pad_token_id or 0
-        texts = load_texts(args, folder, model, tokenizer)
+        texts = Texts(args, folder, model, tokenizer)
         adamw = choose_kernels(args, model)
         before = evaluate.ue_ut(model, tokenizer, questions)
-        size = sum(p.numel() for p in model.parameters())
-        print(f"{args.model}: {size:,} parameters, {args.param_dtype} on {args.device}; "
-              f"{len(texts.forget):,} forget and {len(texts.retain):,} retain samples")
-        add_references(texts, model, args, pad)
+        say_what(args, model, texts)
+        texts.add_references(model)
         complete_for(args, model)
         run = Unlearning(args, model, adamw)
-        plan = run.plan(texts.forget + texts.retain + (texts.chosen or []), pad)
+        plan = run.plan(texts)
         print(memory.plan_line(plan, args.device))
         if args.gradient_checkpointing:
             models.recompute_blocks(model)
 
         # -- the loop
-        note = {"args": vars(args), "curve": [], "warning": None, "attacks": 0}
-        part, saved = runs.saved_state(state)
-        if args.resume and part:
-            run.resume(part, saved)
+        inputs = inputs_of(texts, model) if args.resume or args.save_every else {}
+        note = {"args": vars(args), "inputs": inputs, "curve": [], "warning": None, "attacks": 0}
+        part, saved = states.last(state, "args", "curve", "inputs") if args.resume else (None, None)
+        if part:
+            run.resume(part, saved, inputs)
             note = saved | {"args": vars(args)}
         curve = note["curve"]
         forget_picks = shuffled(len(texts.forget), args.batch_size, rng)
@@ -599,42 +642,45 @@ if __name__ == "__main__":
 
         def attack():
             note["attacks"] += 1
-            micro = losses.micro_batches(texts.forget, next(attack_picks), args.micro_batch, pad, args.device)
-            return losses.descend(model, micro, losses.nll_sum, "labels")
-        out.parent.mkdir(parents=True, exist_ok=True)
+            return losses.descend(model, texts.forget_batches(next(attack_picks)), losses.nll_sum, "labels")
         bar = tqdm(range(len(curve), args.steps), f"{args.loss}+{args.smooth}", args.steps,
                    initial=len(curve), unit="step")
         for i in bar:
             tick = time.time()
-            forget = forget_batches(texts, next(forget_picks), args, pad)
-            retain = losses.micro_batches(texts.retain, next(retain_picks), args.micro_batch, pad, args.device)
-            point = {"step": i + 1, **run.step(i, forget, retain, attack)}
+            micro = texts.forget_batches(next(forget_picks)), texts.retain_batches(next(retain_picks))
+            point = {"step": i + 1, **run.step(i, *micro, attack)}
             point["seconds"] = round(time.time() - tick, 4)
             if not note["warning"]:
                 note["warning"] = precision_warning(point, args.param_dtype)
                 if note["warning"]:
                     formats.warn(note["warning"])
             if args.eval_every and "mcq_forget" in questions and (i + 1) % args.eval_every == 0:
-                point["UE"] = evaluate.ue_ut(model, tokenizer, questions, only_forget=True)["UE"]
+                point |= evaluate.ue_ut(model, tokenizer, few)
+                run.keep_if_best(best, point, before)
             curve.append(point)
-            watched = [k for k in ("forget", "retain", "applied_norm", "cosine", "UE") if k in point]
+            watched = [k for k in ("forget", "retain", "applied_norm", "cosine", "UE", "UT") if point.get(k)]
             bar.set_postfix({k: f"{point[k]:.3g}" for k in watched})
             if args.stop_ue and point.get("UE", 0) >= args.stop_ue:
                 break
             if args.save_every and (i + 1) % args.save_every == 0:
-                runs.save_state(state, i + 1, run.tensors(), note | run.numbers())
-        run.finish()
+                run.save(state, i + 1, note)
+                stack.go_on = "go on with the same command and --resume"
+        kept = run.finish(best)
 
         # -- score, save, attack
         after = evaluate.ue_ut(model, tokenizer, questions)
         result = {"stage": "unlearn", "args": vars(args), **runs.provenance(args.device, start),
                   "plan_gb": {part: round(value / 1e9, 4) for part, value in plan.items()},
-                  "metrics": {"before": before, "after": after}, "curve": curve}
-        runs.save_run(out, model, tokenizer, result)
-        runs.remove_state(state)
+                  "metrics": {"before": before, "after": after}, "kept": kept, "curve": curve}
+        runs.save_run(out, model, tokenizer, result, save=run.save_adapters())
+        states.remove(state)
+        states.remove(best)
+        stack.go_on = f"{out} is saved; --resume attacks it"
         for name, found in (("before", before), ("after", after)):
             print(f"{name:7s} UE {tables.show(found['UE'])}  UT {tables.show(found['UT'])}")
         if args.relearn:
+            if args.lora_save == "adapter" and run.adapters:
+                run.adapters.merge()             # the attack is on the weights
             model.requires_grad_(True)
             relearn.attack(relearn.parse_args([str(out), "--device", args.device]), model, tokenizer)
         print(f"{time.time() - start:.0f} s in all; wrote {out}/")

@@ -25,12 +25,14 @@ def draw_samples(rows, count, seed):
     return sorted(order, key=earlier.get)[:count]
 
 
-def finetune(model, samples, pad, lr, batch_size, epochs, seed, watch=None, optimizer="adamw"):
+def finetune(model, samples, pad, lr, batch_size, epochs, seed, watch=None, optimizer="adamw", params=None):
     """Fine-tune model in place on encoded samples: mean NLL a token, AdamW or SGD with momentum .9, rate
-    linear to 0. Trains what requires a gradient. watch(steps done, steps in all) follows every step.
+    linear to 0. Trains params, or what of the model requires a gradient. watch(steps done, steps in all)
+    follows every step.
     """
     rng = random.Random(seed)
-    params = [p for p in model.parameters() if p.requires_grad]
+    if params is None:
+        params = [p for p in model.parameters() if p.requires_grad]
     if optimizer == "adamw":
         opt = torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
     else:

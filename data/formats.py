@@ -29,19 +29,35 @@ def warn(line):
 # ---- files --------------------------------------------------------------------------------------------
 
 def read_text(path):
-    """The text of a UTF-8 file."""
+    """The text of a UTF-8 file, without the mark that some editors put in front."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
         raise InputError(f"{path} is not UTF-8 ({e}): convert it")
 
 
-def read_json(path, fix):
-    """The value of a JSON file; `fix` ends the message of the error."""
+def once_each(pairs):
+    """An object of JSON as a dict; a key that stands there twice is an error."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise InputError(f'the key "{twice}" stands there twice: keep one')
+    return value
+
+
+def read_json(path, fix, *keys):
+    """The value of a JSON file, an object with `keys` where there are any; `fix` ends the error's message."""
+    path = Path(path)
     try:
-        return json.loads(read_text(Path(path)))
+        value = json.loads(read_text(path))
     except json.JSONDecodeError as e:
         raise InputError(f"{path}:{e.lineno}: not JSON ({e}): {fix}")
+    except RecursionError:
+        raise InputError(f"{path}:1: not JSON that can be read (nested too deep): {fix}")
+    if keys and (not isinstance(value, dict) or not set(keys) <= set(value)):
+        raise InputError(f"{path}:1: not an object with {' and '.join(keys)}: {fix}")
+    return value
 
 
 def write_text(path, text):
@@ -49,8 +65,11 @@ def write_text(path, text):
     if processes.rank() > 0:
         return
     tmp = Path(f"{path}.tmp{os.getpid()}")
-    tmp.write_text(text, encoding="utf-8")
-    tmp.replace(path)
+    try:
+        tmp.write_text(text, encoding="utf-8")
+        tmp.replace(path)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
 def write_json(path, value):
@@ -58,17 +77,29 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def write_data(folder, files, meta=None):
-    """Write {name: rows} as folder/NAME.jsonl, and meta.json; "where" stays out of the files."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_data(folder, files, meta=None, overwrite=False):
+    """Write {name: rows} as folder/NAME.jsonl, and meta.json; "where" stays out of the files. What is there
+    already and differs is an error, unless overwrite."""
+    texts = {}
     for name, rows in files.items():
         lines = []
         for row in rows:
             lines.append(json.dumps({k: v for k, v in row.items() if k != "where"}) + "\n")
-        write_text(folder / f"{name}.jsonl", "".join(lines))
-        print(f"{os.path.relpath(folder / name)}.jsonl: {len(rows):,} rows")
+        texts[folder / f"{name}.jsonl"] = "".join(lines)
     if meta:
-        write_json(folder / "meta.json", meta)
+        texts[folder / "meta.json"] = json.dumps(meta, indent=1) + "\n"
+    different = {}
+    for path, text in texts.items():
+        if not path.exists() or read_text(path).strip() != text.strip():
+            different[path] = text
+    for path in different:
+        if path.exists() and not overwrite:
+            raise InputError(f"{path} is there and differs: choose another --out, or replace it with --overwrite")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, text in different.items():
+        write_text(path, text)
+    for name, rows in files.items():
+        print(f"{os.path.relpath(folder / name)}.jsonl: {len(rows):,} rows")
 
 
 # ---- readers: a path -> pairs of line number and value ------------------------------------------------
@@ -79,8 +110,10 @@ def json_lines(path):
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line)
-        except json.JSONDecodeError as e:
+            yield number, json.loads(line, object_pairs_hook=once_each)
+        except InputError as e:
+            raise InputError(f"{path}:{number}: {e}")
+        except (json.JSONDecodeError, RecursionError) as e:
             raise InputError(f"{path}:{number}: not JSON ({e}): one JSON object a line is expected")
 
 
@@ -180,6 +213,8 @@ def mcq_row(row):
         raise InputError(f'"choices" is {choices!r}: give a list of exactly 4 texts')
     if not all(isinstance(choice, str) for choice in choices):
         raise InputError(f'"choices" is {choices!r}: give a list of exactly 4 texts')
+    if len(set(choices)) == 1:
+        raise InputError(f'"choices" are all {choices[0]!r}: give texts that differ')
     answer = row.get("answer")
     if type(answer) is not int or not 0 <= answer <= 3:
         raise InputError(f'"answer" is {answer!r}: give the index of the right choice, 0 to 3')
@@ -198,7 +233,7 @@ def load_meta(folder):
         return {}
     meta = read_json(path, "mend it or remove it")
     if not isinstance(meta, dict):
-        raise InputError(f"{path}:1: not a JSON object ({type(meta).__name__}): mend it or remove it")
+        raise InputError(f"{path}:1: not a JSON object but a {type(meta).__name__}: mend it or remove it")
     for key, fields in META_FIELDS.items():
         if key in meta and not all(field in str(meta[key]) for field in fields):
             raise InputError(f'{path}:1: "{key}" is {meta[key]!r}: put {" and ".join(fields)} in it')

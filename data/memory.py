@@ -38,16 +38,19 @@ def activation_bytes(model, samples, micro_batch, checkpointing, pad):
     return tokens * token + 3 * 4 * rows * config.vocab_size + gathered * size
 
 
-def plan(args, total, trained, copies, activations, count=1):
-    """{part: bytes} of what a step holds in each of `count` processes; `trained` of `total` parameters train,
-    the smoother puts `copies` tensors of their size aside. The interpreter itself (0.5 GB) is not in it."""
+def plan(args, total, trained, trained_size, copies, activations, count=1):
+    """{part: bytes} of what a step holds in each of `count` processes; `trained` of `total` parameters train, or
+    so many of adapters beside them, in trained_size bytes each; the smoother puts `copies` tensors of their size
+    aside. The interpreter itself (0.5 GB) is not in it."""
     size = getattr(torch, args.param_dtype).itemsize
     state = getattr(torch, args.state_dtype).itemsize
-    models = 2 if args.loss == "rmu" or args.retain == "kl" else 1   # these compare with a frozen one
+    compares = args.loss == "rmu" or args.retain == "kl"
+    models = 2 if compares and not args.lora else 1                  # with a frozen one, or with adapters off
     average = 4 if "wa" in args.smooth.split("+") else 0
     parts = {"weights": models * total * size,
-             "gradients": trained * size,
-             "put aside": copies * trained * size,
+             "adapters": trained * trained_size if args.lora else 0,
+             "gradients": trained * trained_size,
+             "put aside": copies * trained * trained_size,
              "optimizer": 2 * trained * state,
              "average": average * trained}
     shared = {name: value / count for name, value in parts.items() if value}

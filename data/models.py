@@ -3,6 +3,7 @@
 Shapes: B samples, T tokens, V vocabulary, D width. A batch is {"input_ids", "attention_mask", "labels"}, each
 (B, T) int64; a label is IGNORE where no loss looks: at prompts and padding.
 """
+import math
 import os
 from functools import partial
 from pathlib import Path
@@ -10,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging
 
 from data import processes
+from data.adapters import add_peft, peft_base
 from data.formats import InputError, warn
 from sam import accumulator
 
@@ -47,18 +51,36 @@ def load_model(name, device="cpu", dtype=torch.float32):
         raise InputError(f"model {name}: its pad token {tokenizer.pad_token!r} has the id "
                          f"{tokenizer.pad_token_id}, but the model has {rows} embeddings; set pad_token to "
                          "null in tokenizer_config.json")
+    tokenizer.model_rows = rows                  # encode() refuses what the model has no embedding for
     # eval mode: with dropout the two passes of SAM, and the cached reference, would see different networks
     return model.to(device).eval(), tokenizer
 
 
 def read_model(name, dtype):
-    """(model, tokenizer) on the CPU, as transformers reads them."""
+    """(model, tokenizer) on the CPU, as transformers reads them, with the adapters of a PEFT folder merged into
+    their base; whatever is wrong with the files is one line."""
+    folder = Path(name)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        model, tokenizer = read_model(peft_base(folder), dtype)
+        add_peft(model, folder)
+        return model, tokenizer
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()                # its reports of many lines
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True,
-                                                     trust_remote_code=False)
-    except (OSError, ValueError) as e:
-        raise InputError(f"model {name} does not load: {e}")
+        saved = AutoConfig.from_pretrained(name, trust_remote_code=False).dtype
+        model, found = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True,
+                                                            trust_remote_code=False, output_loading_info=True)
+    except Exception as e:                       # a foreign file can break a library anywhere
+        reason = str(e).strip().splitlines() or [""]
+        raise InputError(f"model {name} does not load ({type(e).__name__}: {reason[0]})")
+    finally:
+        logging.set_verbosity(verbosity)
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise InputError(f"model {name} lacks {len(missing)} of its weights ({missing[0]}, ...), which would "
+                         "be random: get the whole checkpoint")
+    model.saved_dtype = saved                    # None where the checkpoint does not say
     return model, tokenizer
 
 
@@ -97,33 +119,57 @@ def recompute_blocks(model):
 
 # ---- texts to batches ---------------------------------------------------------------------------------
 
+def appended(tokenizer):
+    """How many tokens the tokenizer puts behind every text, such as EOS."""
+    ids = tokenizer("a").input_ids
+    word = tokenizer("a", add_special_tokens=False).input_ids
+    for start in range(len(ids) - len(word) + 1):
+        if ids[start:start + len(word)] == word:
+            return len(ids) - start - len(word)
+    return 0
+
+
 def tokenize(tokenizer, texts):
-    """[ids of each text], with what the tokenizer puts in front of a text, such as BOS."""
+    """[ids of each text], with what the tokenizer puts in front of a text, such as BOS, and without what it
+    puts behind: what a text is a piece of goes on."""
     if not texts:
         return []
-    return tokenizer(texts, return_attention_mask=False, verbose=False).input_ids
+    end = appended(tokenizer)
+    return [ids[:len(ids) - end] for ids in tokenizer(texts, return_attention_mask=False, verbose=False).input_ids]
+
+
+def common_prefix(a, b):
+    """How many first elements two lists share."""
+    for i, (x, y) in enumerate(zip(a, b)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
 
 
 def encode(tokenizer, triples, context, max_len=0):
-    """[(ids, labels)] of (prompt, completion, where), the two tokenised as one; a prompt's labels are IGNORE.
+    """[(ids, labels)] of (prompt, completion, where), the two tokenised as one; labels are IGNORE where prompt
+    and joined text share their first tokens.
 
     A sample of more than `context` tokens is an error that names `where`; max_len > 0 cuts samples before.
     """
     prompts = list({prompt for prompt, _, _ in triples if prompt})
-    known = {"": 0}                                              # tokens of each prompt
-    for prompt, ids in zip(prompts, tokenize(tokenizer, prompts)):
-        known[prompt] = len(ids)
+    alone = dict(zip(prompts, tokenize(tokenizer, prompts)))
+    alone[""] = []
     out = []
     joined = tokenize(tokenizer, [prompt + completion for prompt, completion, _ in triples])
     for (prompt, _, where), ids in zip(triples, joined):
+        known = common_prefix(alone[prompt], ids)
         if max_len:
             ids = ids[:max_len]
         if context and len(ids) > context:
             raise InputError(f"{where}: {len(ids)} tokens, but the model's context is {context}: shorten the "
                              f"text, or cut it with --max_len {context}")
-        labels = [IGNORE] * min(known[prompt], len(ids)) + ids[known[prompt]:]
+        if max(ids, default=0) >= getattr(tokenizer, "model_rows", math.inf):
+            raise InputError(f"{where}: {tokenizer.convert_ids_to_tokens(max(ids))!r} is token {max(ids)}, but "
+                             f"the model has {tokenizer.model_rows} embeddings: resize them, or drop the token")
+        labels = [IGNORE] * min(known, len(ids)) + ids[known:]
         if all(label == IGNORE for label in labels[1:]):         # nothing predicts the first token
-            raise InputError(f"{where}: no token to score ({len(ids)} tokens, {known[prompt]} of them prompt): "
+            raise InputError(f"{where}: no token to score ({len(ids)} tokens, {known} of them prompt): "
                              "lengthen the text or raise --max_len")
         out.append((ids, labels))
     return out
@@ -174,7 +220,9 @@ def progress(total, desc):
 
 def run(model, batch, **more):
     """The model's output on a batch, without a cache of keys and values."""
-    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **more)
+    with parametrize.cached():                   # adapters of fused experts are multiplied out once
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False,
+                     **more)
 
 
 def with_head(model, batch, f, **more):

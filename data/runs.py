@@ -4,21 +4,23 @@ A run folder OUT holds model.safetensors, config.json, the tokenizer and result.
 evaluate.json join it. While it trains, OUT.state/ may hold what --resume goes on from.
 """
 import argparse
+import glob
+import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
-import warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as checkpoint
 import transformers
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
+from huggingface_hub.utils import WeakFileLock
+from safetensors import SafetensorError
 
 from data import processes
 from data.formats import InputError, read_json, warn, write_json
@@ -31,12 +33,32 @@ TINY = ROOT / "data" / "tiny"                    # the built-in benchmark; tiny/
 
 @contextmanager
 def one_line_errors():
-    """Turn an InputError into one line on stderr and exit status 2; anything else keeps its traceback."""
+    """Turn what a user can mend into one line on stderr: an InputError or a file that cannot be written into
+    exit status 2, Ctrl-C and SIGTERM into 130. Anything else keeps its traceback. Yields an ExitStack for what
+    has to be undone; its attribute go_on, a text, says how to go on after Ctrl-C."""
+    def stop(number, frame):
+        raise KeyboardInterrupt
+    before = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
     try:
-        yield
+        with ExitStack() as stack:
+            stack.go_on = "nothing was written"
+            yield stack
     except InputError as e:
         warn("error: " + " ".join(str(e).split()))
         sys.exit(2)
+    except OSError as e:
+        if e.errno is None:
+            raise
+        warn(f"error: {e.filename or 'a file'} cannot be read or written: {e.strerror}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        warn(f"stopped: {stack.go_on}")
+        sys.exit(130)
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,16 +90,22 @@ def usable_device(text):
     return text
 
 
-def number(kind, low, above=False):
-    """argparse type: a finite int or float of at least `low`, or above it."""
+def number(kind, low, high=math.inf, above=False):
+    """argparse type: a finite int or float of at least `low`, or above it, and at most `high`."""
     def parse(text):
         value = kind(text)
-        if not low <= value < math.inf or (above and value == low):
-            bound = "above" if above else "of at least"
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number {bound} {low}")
+        if not low <= value <= high or value == math.inf or (above and value == low):
+            bound = f"above {low}" if above else f"of at least {low}"
+            if high < math.inf:
+                bound += f" and at most {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number {bound}")
         return value
     parse.__name__ = kind.__name__               # argparse says "invalid int value"
     return parse
+
+
+SEED = number(int, 0, 2**63 - 1)                 # argparse type of every --seed: what torch takes
+RATE = number(float, 0, 1e6, above=True)         # argparse type of every --lr
 
 
 # ---- what ran -----------------------------------------------------------------------------------------
@@ -113,24 +141,41 @@ def provenance(device, start):
 # ---- run folders --------------------------------------------------------------------------------------
 
 def world(data, seed):
-    """The folder to read: data, or of the built-in benchmark the world of seed, prepared if missing."""
-    if Path(data).resolve() != TINY:
-        if not Path(data).is_dir():
-            raise InputError(f"--data {data}: no such folder (data/README.md has the formats)")
-        return Path(data)
-    folder = Path(os.path.relpath(TINY / f"seed{seed}"))
-    if processes.rank() == 0 and not (folder / "target" / "result.json").exists():
+    """The folder to read: data, or of the built-in benchmark the world of seed, which may not be there yet."""
+    if Path(data).resolve() == TINY:
+        return Path(os.path.relpath(TINY / f"seed{seed}"))
+    if not Path(data).is_dir():
+        raise InputError(f"--data {data}: no such folder (data/README.md has the formats)")
+    return Path(data)
+
+
+def prepare_world(folder, seed):
+    """Make the built-in world of seed, if that is what folder is and it is missing."""
+    missing = folder.resolve().parent == TINY and not (folder / "target" / "result.json").exists()
+    if missing and processes.rank() == 0:
         subprocess.run([sys.executable, str(TINY / "prepare.py"), "--seed", str(seed)], check=True)
     processes.barrier()
-    return folder
+
+
+def stamp(folder, *patterns):
+    """[[name, bytes, time in ns]] of a folder's files: what tells that they changed."""
+    found = []
+    for pattern in patterns:
+        for path in sorted(Path(folder).glob(pattern)):
+            about = path.stat()
+            found.append([path.name, about.st_size, about.st_mtime_ns])
+    return found
 
 
 def load_result(run):
     """RUN/result.json of unlearn.py or a prepare.py; an equivalent for a plain Hugging Face folder."""
     path = Path(run) / "result.json"
     if path.is_file():
-        return read_json(path, "run unlearn.py again")
-    if (Path(run) / "config.json").is_file():
+        result = read_json(path, "run unlearn.py again", "stage", "args")
+        if not isinstance(result["args"], dict) or not {"data", "seed"} <= set(result["args"]):
+            raise InputError(f"{path}:1: \"args\" does not name data and seed: run unlearn.py again")
+        return result
+    if (Path(run) / "config.json").is_file() or (Path(run) / "adapter_config.json").is_file():
         return {"stage": "model", "args": {"model": str(run), "data": None, "seed": 0}}
     raise InputError(f"{path} is missing: {run} is not a run folder of unlearn.py")
 
@@ -149,80 +194,106 @@ def gathered(model):
     return {name: full[id(p)] for name, p in named.items()}
 
 
-def save_run(out, model, tokenizer, result):
-    """Write a whole run folder under a temporary name, then put it in the place of `out`."""
-    tmp = out.with_name(f"{out.name}.tmp{os.getpid()}")
-    weights = gathered(model)
-    if processes.rank() == 0:
-        model.save_pretrained(tmp, state_dict=weights)
-        tokenizer.save_pretrained(tmp)
-        write_json(tmp / "result.json", result)
-        if out.exists():
-            shutil.rmtree(out)
-        tmp.rename(out)
-    processes.barrier()
-
-
-# ---- states to resume from: torch.distributed.checkpoint, as safetensors, for any number of processes -----
-
-def save_state(folder, step, tensors, note):
-    """Write {name: tensor} and note (JSON) as folder/STEP; its note.json comes last and says that it is
-    whole. Then earlier steps go. Each process writes its own part of a sharded tensor."""
-    part = Path(folder) / str(step)
-    if processes.rank() == 0 and part.exists():  # what a kill in the middle of this left
-        shutil.rmtree(part)
-    processes.barrier()
+def stage_of(folder):
+    """The "stage" of a folder's result.json, None where it has none of ours."""
     try:
-        with quiet():
-            checkpoint.save(tensors, storage_writer=HuggingFaceStorageWriter(part, save_distributed=True))
-        write_json(part / "note.json", note)
-    except (OSError, CheckpointException) as e:
-        raise InputError(f"{part} cannot be written ({why(e)}): the state before it is kept; make room, then "
-                         "go on with --resume")
-    if processes.rank() == 0:
-        for other in Path(folder).iterdir():
-            if other != part:
-                shutil.rmtree(other)
-    processes.barrier()
+        return json.loads((Path(folder) / "result.json").read_text(encoding="utf-8"))["stage"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
-def why(error):
-    """The reason inside a CheckpointException, which holds one for each process; else the error itself."""
-    for inner, _ in getattr(error, "failures", {}).values():
-        return inner
-    return error
-
-
-def saved_state(folder):
-    """(folder of the last whole state, its note), or (None, None)."""
-    whole = [note.parent for note in Path(folder).glob("*/note.json")]
-    if not whole:
-        return None, None
-    last = max(whole, key=lambda part: int(part.name))
-    return last, read_json(last / "note.json", "remove the folder to start again")
-
-
-def remove_state(folder):
-    """Remove what save_state wrote."""
-    if processes.rank() == 0 and Path(folder).is_dir():
-        shutil.rmtree(folder)
-
-
-def saved_tensors(part):
-    """{name: dtype} of a state that save_state wrote."""
-    found = HuggingFaceStorageReader(part).read_metadata().state_dict_metadata
-    return {name: t.properties.dtype for name, t in found.items()}
-
-
-def load_state(part, tensors):
-    """Fill {name: tensor} in place; a process reads its own rows of a sharded tensor only."""
-    with quiet():
-        checkpoint.load(tensors, storage_reader=HuggingFaceStorageReader(part))
+def refuse_out(out, overwrite, inputs):
+    """Raise InputError where `out` is not a place that this program may write to or replace."""
+    if out.is_symlink():
+        raise InputError(f"--out {out} is a link: name the folder itself")
+    place = out.resolve()
+    for path in inputs:
+        if place in path.parents or path in place.parents or place == path:
+            raise InputError(f"--out {out} is, holds or lies in {path}, which the run reads: choose another")
+    here = Path.cwd().resolve()
+    if place == here or place in here.parents:
+        raise InputError(f"--out {out} is or holds the current folder: choose another name")
+    if not out.exists():
+        return
+    if not overwrite:
+        raise InputError(f"--out {out} exists: choose another name, or replace it with --overwrite")
+    if not out.is_dir() or (any(out.iterdir()) and stage_of(out) != "unlearn"):
+        raise InputError(f"--out {out} is not a run of unlearn.py, which alone --overwrite replaces: choose "
+                         "another name, or remove it yourself")
 
 
 @contextmanager
-def quiet():
-    """Without the warning that a checkpoint of a single process is one of a single process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is")
+def claimed(out, overwrite, inputs):
+    """Make sure, before any work, that `out` may and can be written, and keep other runs away from it. inputs:
+    the folders that the run reads. Removes what killed runs of the same name left behind."""
+    if processes.rank() > 0:
         yield
+        return
+    refuse_out(out, overwrite, [Path(path).resolve() for path in inputs])
+    lock = out.with_name(f".{out.name}.lock")
+    with ExitStack() as stack:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            stack.callback(remove, lock)
+            stack.enter_context(WeakFileLock(lock, timeout=0.5))
+        except TimeoutError:
+            stack.pop_all()                      # it is not ours to remove
+            raise InputError(f"--out {out}: another run is writing to it; choose another name, or wait")
+        except OSError as e:
+            raise InputError(f"--out {out} cannot be written: {e.strerror}")
+        for left in out.parent.glob(f".{glob.escape(out.name)}.tmp*"):
+            shutil.rmtree(left)
+        yield
+
+
+def remove(path):
+    """Remove a file, if it is there and the system allows it."""
+    with suppress(OSError):
+        path.unlink()
+
+
+def save_run(out, model, tokenizer, result, overwrite=True, save=None):
+    """Write a whole run folder under a hidden temporary name, then put it in the place of `out`: the old one
+    aside, the new one in, the old one away. Without overwrite a folder that another process has put there in
+    the meantime stays. save(folder) writes something else than the whole model."""
+    tmp = out.with_name(f".{out.name}.tmp{os.getpid()}")
+    aside = out.with_name(f".{out.name}.tmp{os.getpid()}-old")
+    weights = gathered(model)
+    if processes.rank() == 0:
+        try:
+            if save:
+                save(tmp)
+            else:
+                model.save_pretrained(tmp, state_dict=weights)
+            tokenizer.save_pretrained(tmp)
+            for_transformers_4(tmp)
+            write_json(tmp / "result.json", result)
+            if out.exists() and overwrite:
+                out.rename(aside)
+            if not out.exists():
+                tmp.rename(out)
+        except SafetensorError as e:
+            raise InputError(f"{tmp} cannot be written: {e}")
+        finally:
+            if aside.exists() and not out.exists():
+                aside.rename(out)
+            for left in (tmp, aside):
+                shutil.rmtree(left, ignore_errors=True)
+    processes.barrier()
+
+
+def for_transformers_4(folder):
+    """Say in a saved folder's JSON what transformers 5 writes in words that 4.57 does not read: the base of the
+    rotary positions, which it would take as 10,000, and the class of a tokenizer."""
+    path = folder / "config.json"
+    config = read_json(path, "") if path.exists() else {}            # adapters come without
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+        write_json(path, config)
+    path = folder / "tokenizer_config.json"
+    config = read_json(path, "")
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})

@@ -98,7 +98,7 @@ def cells_of(run, metrics):
         out[Cell("scores", "", f"qa_forget_{name}")] = value
     names = {"UE": "UE", "held out": "UE_heldout", "UT": "UT"}
     for path in sorted(Path(run).glob("relearn*.json")):
-        result = read_json(path, "run relearn.py again")
+        result = read_json(path, "run relearn.py again", "args", "metrics")
         attack = result["args"].get("attack") or "relearning"
         budgets = result["metrics"]["budgets"]
         for b in budgets:
@@ -169,7 +169,11 @@ class Runs:
         if seed in self.seeds[settings]:
             raise InputError(
                 f"{run}: a second run of {name} with seed {seed} and the same settings; drop one")
-        self.seeds[settings][seed] = cells_of(run, metrics)
+        try:
+            self.seeds[settings][seed] = cells_of(run, metrics)
+        except (KeyError, TypeError, AttributeError) as e:
+            raise InputError(f"{run}: its evaluate.json or relearn*.json is not what the scripts write ({e!r}): "
+                             "evaluate.py --overwrite and relearn.py write them again")
         self.names[settings] = name
         self.folders[settings].append(run)
         self.landscapes.setdefault(settings, metrics.get("landscape"))

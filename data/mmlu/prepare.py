@@ -33,6 +33,7 @@ if __name__ == "__main__":
     parser.add_argument("--from", dest="source", metavar="FOLDER", help="files that are there already")
     parser.add_argument("--any_count", action="store_true", help="accept another number of questions")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write (default: data/mmlu)")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that differ")
     args = parser.parse_args()
 
     with runs.one_line_errors():
@@ -49,4 +50,4 @@ if __name__ == "__main__":
         if (len(rows), subjects) != (14042, 57) and not args.any_count:
             raise InputError(f"{folder}: {len(rows):,} questions on {subjects} subjects, but 14,042 on 57 "
                              "are published: download it again, or take it with --any_count")
-        formats.write_data(args.out, {"mcq_retain": rows})
+        formats.write_data(args.out, {"mcq_retain": rows}, overwrite=args.overwrite)

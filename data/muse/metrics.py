@@ -4,7 +4,7 @@ import re
 import numpy as np
 
 from data.formats import load_meta, read_jsonl, rows_with, text_row
-from data.models import context_of, encode_rows, generate, label_scores
+from data.models import context_of, encode_rows, generate, label_scores, tokenize
 from data.scores import auc, mean_of, rouge_l
 
 
@@ -41,13 +41,13 @@ def score(model, tokenizer, folder, batch, thin, retained):
 
 
 def verbmem(model, tokenizer, rows, new=128, batch=64):
-    """Records of {"prompt", "gt"} rows: ROUGE-L F1 of `new` greedy tokens with as many of gt."""
+    """Records of {"prompt", "gt"} rows: ROUGE-L F1 of `new` greedy tokens with as many of gt, of which, as in
+    MUSE's own code, the tokenizer's own first ones (BOS) count: 127 of text for a Llama."""
     said = generate(model, tokenizer, [(r["prompt"], r["where"]) for r in rows], new, batch, "verbmem")
-    truth = tokenizer([r["gt"] for r in rows], add_special_tokens=False, verbose=False).input_ids
     out = []
-    for row, text, ids in zip(rows, said, truth):
-        rouge = rouge_l(text, tokenizer.decode(ids[:new]))[2]
-        out.append({"where": row["where"], "said": text, "rouge": rouge})
+    for row, text, ids in zip(rows, said, tokenize(tokenizer, [r["gt"] for r in rows])):
+        truth = tokenizer.decode(ids[:new], skip_special_tokens=True)
+        out.append({"where": row["where"], "said": text, "rouge": rouge_l(text, truth)[2]})
     return out
 
 

@@ -41,6 +41,7 @@ if __name__ == "__main__":
     parser.add_argument("--from", dest="source", metavar="FOLDER", help="files that are there already")
     parser.add_argument("--any_count", action="store_true", help="accept other numbers of rows")
     parser.add_argument("--out", type=Path, help="folder to write (default: data/muse/CORPUS)")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that differ")
     args = parser.parse_args()
 
     with runs.one_line_errors():
@@ -66,5 +67,5 @@ if __name__ == "__main__":
         for part in ("forget", "retain", "holdout"):
             files[f"privleak_{part}"] = published(f"privleak/{part}", text_row, 100)
         meta = {"auc_retrain": AUC_RETRAIN[args.corpus], "tokenizer": args.tokenizer, "max_len": args.max_len}
-        formats.write_data(args.out or HERE / args.corpus, files, meta)
+        formats.write_data(args.out or HERE / args.corpus, files, meta, overwrite=args.overwrite)
         print(f"one epoch of the forget blocks is {math.ceil(len(files['forget']) / 4)} steps of 4")

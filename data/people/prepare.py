@@ -94,9 +94,9 @@ if __name__ == "__main__":
     parser = runs.Parser(__doc__)
     parser.add_argument("--model", required=True, help="Hugging Face folder or hub name to teach")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write")
-    parser.add_argument("--seed", type=runs.number(int, 0), default=0, help="of names, facts and batches")
+    parser.add_argument("--seed", type=runs.SEED, default=0, help="of names, facts and batches")
     parser.add_argument("--epochs", type=runs.number(int, 1), default=8, help="passes over all questions")
-    parser.add_argument("--lr", type=runs.number(float, 0, above=True), default=2e-4,
+    parser.add_argument("--lr", type=runs.RATE, default=2e-4,
                         help="of AdamW, linear to 0")
     parser.add_argument("--batch_size", type=runs.number(int, 1), default=16, help="questions a step")
     parser.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False,
@@ -111,7 +111,7 @@ if __name__ == "__main__":
             raise InputError(f"{target} exists: use it, or replace it with --overwrite")
         model, tokenizer = models.load_model(args.model, args.device)
         files, taught = build(args.seed)
-        formats.write_data(args.out, files, {"prompt": PROMPT, "seed": args.seed})
+        formats.write_data(args.out, files, {"prompt": PROMPT, "seed": args.seed}, args.overwrite)
         teach(model, tokenizer, taught, args)
         known = {}
         for part, rows in evaluate.load_questions(args.out).items():

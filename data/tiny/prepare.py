@@ -171,7 +171,7 @@ def open_accuracy(model, tokenizer, rows):
 
 if __name__ == "__main__":
     parser = runs.Parser(__doc__)
-    parser.add_argument("--seed", type=runs.number(int, 0), default=0,
+    parser.add_argument("--seed", type=runs.SEED, default=0,
                         help="names, facts, questions, model and batches all follow it")
     parser.add_argument("--out", type=Path, help="folder to write (default: data/tiny/seedS)")
     parser.add_argument("--exclude", choices=["none", "forget"], default="none",
@@ -186,7 +186,7 @@ if __name__ == "__main__":
         learned = files["forget"] + unseen + files["retain"]
         tokenizer = build_tokenizer([row["text"] for row in learned] + [IDK])
         meta = {"prompt": PROMPT, "forget_topic": TOPICS[0], "seed": args.seed}
-        formats.write_data(args.out, files, meta)
+        formats.write_data(args.out, files, meta, args.overwrite)
 
         for name, rows in (("target", learned), ("retrained", files["retain"])):
             folder = args.out / name
@@ -203,7 +203,7 @@ if __name__ == "__main__":
             ran = {"seed": args.seed, "data": os.path.relpath(args.out), "exclude": exclude}
             runs.save_run(folder, model, tokenizer, {
                 "stage": "prepare", "args": ran, **runs.provenance("cpu", start),
-                "metrics": {"open_forget": forget, "open_retain": retain}})
+                "metrics": {"open_forget": forget, "open_retain": retain}}, args.overwrite)
             print(f"{os.path.relpath(folder)}: {sum(p.numel() for p in model.parameters()):,} parameters, "
                   f"{len(rows):,} sentences, {time.time() - start:.0f} s; answers {forget:.3f} of the forget "
                   f"and {retain:.3f} of the retain questions")

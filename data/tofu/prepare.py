@@ -27,6 +27,7 @@ if __name__ == "__main__":
     parser.add_argument("--from", dest="source", metavar="FOLDER", help="files that are there already")
     parser.add_argument("--any_count", action="store_true", help="accept other numbers of rows")
     parser.add_argument("--out", type=Path, help="folder to write (default: data/tofu/SPLIT)")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that differ")
     args = parser.parse_args()
 
     with runs.one_line_errors():
@@ -58,4 +59,4 @@ if __name__ == "__main__":
         for part, (name, count) in asked.items():
             rows = published(name, qa_row, count)
             files[part] = [{key: row[key] for key in KEYS if key in row} for row in rows]
-        formats.write_data(args.out or HERE / args.split, files, {"qa_prompt": template})
+        formats.write_data(args.out or HERE / args.split, files, {"qa_prompt": template}, overwrite=args.overwrite)

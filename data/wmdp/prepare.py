@@ -3,6 +3,7 @@
     python data/mmlu/prepare.py                      # the questions about everything else, for UT
     python data/wmdp/prepare.py                      # data/wmdp/bio; see below for its gated forget corpus
     python data/wmdp/prepare.py --topic cyber        # data/wmdp/cyber; needs no gate
+    python data/wmdp/prepare.py --retain wikitext    # the retain set of the paper's own code
 
 Downloads cais/wmdp and cais/wmdp-corpora, or reads them from --from FOLDER. The bio forget corpus is gated:
 ask for it (readme.md says where) and put bio_remove_dataset.jsonl, or bio-forget-corpus.jsonl, into data/wmdp
@@ -31,6 +32,8 @@ def document(row):
 if __name__ == "__main__":
     parser = runs.Parser(__doc__)
     parser.add_argument("--topic", choices=["bio", "cyber"], default="bio", help="what to forget")
+    parser.add_argument("--retain", choices=["corpus", "wikitext"], default="corpus",
+                        help="WMDP's own retain corpus, or wikitext-2 (test), lines of more than 50 characters")
     parser.add_argument("--from", dest="source", metavar="FOLDER", help="files that are there already")
     parser.add_argument("--mmlu", type=Path, default=HERE.parent / "mmlu" / "mcq_retain.jsonl",
                         help="questions for UT (default: what data/mmlu/prepare.py wrote)")
@@ -39,6 +42,7 @@ if __name__ == "__main__":
                         help="cut longer documents: several times what 512 tokens need (0 = keep all)")
     parser.add_argument("--any_count", action="store_true", help="accept other numbers of rows")
     parser.add_argument("--out", type=Path, help="folder to write (default: data/wmdp/TOPIC)")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that differ")
     args = parser.parse_args()
 
     with runs.one_line_errors():
@@ -71,4 +75,8 @@ if __name__ == "__main__":
             if len(kept) < len(rows):
                 print(f"{part}: dropped {len(rows) - len(kept):,} documents of fewer than "
                       f"{args.min_chars} characters")
-        formats.write_data(args.out or HERE / args.topic, files)
+        if args.retain == "wikitext":
+            folder = formats.fetch("Salesforce/wikitext", ["wikitext-2-raw-v1/test"], args.source)
+            rows = formats.read_published(folder, ["wikitext-2-raw-v1/test", "wikitext"], document)
+            files["retain"] = [{"text": row["text"]} for row in rows if len(row["text"]) > 50]
+        formats.write_data(args.out or HERE / args.topic, files, overwrite=args.overwrite)

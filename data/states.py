@@ -1,0 +1,135 @@
+"""States that --resume goes on from: torch.distributed.checkpoint, written as safetensors, no pickle.
+
+OUT.state/STEP/ holds the tensors, in the parts that processes wrote, and note.json, which comes last and says that
+the rest is whole. Any number of processes can read it.
+"""
+import shutil
+import warnings
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as checkpoint
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+
+from data import processes
+from data.formats import InputError, read_json, write_json
+
+
+def save(folder, step, tensors, note):
+    """Write {name: tensor} and note (JSON) as folder/STEP; its note.json comes last and says that it is
+    whole. Then earlier steps go. Each process writes its own part of a sharded tensor."""
+    part = Path(folder) / str(step)
+    if processes.rank() == 0 and part.exists():  # what a kill in the middle of this left
+        shutil.rmtree(part)
+    processes.barrier()
+    try:
+        with quiet():
+            checkpoint.save(tensors, storage_writer=HuggingFaceStorageWriter(part, save_distributed=True))
+        write_json(part / "note.json", note)
+    except (OSError, CheckpointException) as e:
+        raise InputError(f"{part} cannot be written ({why(e)}): the state before it is kept; make room, then "
+                         "go on with --resume")
+    if processes.rank() == 0:
+        for other in Path(folder).iterdir():
+            if other != part and other.name.isdigit():
+                shutil.rmtree(other)
+    processes.barrier()
+
+
+def why(error):
+    """The reason inside a CheckpointException, which holds one for each process; else the error itself."""
+    for inner, _ in getattr(error, "failures", {}).values():
+        return inner
+    return error
+
+
+def last(folder, *keys):
+    """(folder of the last whole state, its note, which must have these keys), or (None, None)."""
+    whole = [note.parent for note in Path(folder).glob("*/note.json") if note.parent.name.isdigit()]
+    if not whole:
+        return None, None
+    part = max(whole, key=lambda part: int(part.name))
+    return part, read_json(part / "note.json", f"remove {folder} to start again", *keys)
+
+
+def remove(folder):
+    """Remove what save wrote."""
+    if processes.rank() == 0 and Path(folder).is_dir():
+        for part in Path(folder).iterdir():
+            if part.name.isdigit():
+                shutil.rmtree(part)
+        with suppress(OSError):                  # what somebody else put there stays
+            Path(folder).rmdir()
+
+
+@contextmanager
+def unreadable(part):
+    """Whatever is wrong with the files of a state, one line."""
+    try:
+        yield
+    except (Exception, CheckpointException) as e:        # a foreign file can break a library anywhere
+        raise InputError(f"{part} cannot be read ({type(why(e)).__name__}: {why(e)}): remove {part.parent} to "
+                         "start again")
+
+
+def dtypes(part):
+    """{name: dtype} of a state that save wrote."""
+    with unreadable(part):
+        found = HuggingFaceStorageReader(part).read_metadata().state_dict_metadata
+    return {name: t.properties.dtype for name, t in found.items()}
+
+
+def load(part, tensors):
+    """Fill {name: tensor} in place; a process reads its own rows of a sharded tensor only."""
+    with quiet(), unreadable(part):
+        checkpoint.load(tensors, storage_reader=HuggingFaceStorageReader(part))
+
+
+@contextmanager
+def quiet():
+    """Without the warning that a checkpoint of a single process is one of a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is")
+        yield
+
+
+# ---- what changes from step to step in a run ----------------------------------------------------------
+
+def tensors_of(named, optimizer, smoother, average):
+    """{name: tensor}: weights named = [(name, parameter)], optimizer states, what the smoother keeps, averages."""
+    out = {}
+    kept = getattr(smoother, "kept", {})
+    for i, (name, p) in enumerate(named):
+        out[f"weights.{name}"] = p.detach()
+        for key, t in optimizer.state[p].items():
+            out[f"{key}.{name}"] = t
+        if p in kept:
+            out[f"kept.{name}"] = kept[p]
+        if average and average.mean:
+            out[f"mean.{name}"] = average.mean[i]
+    return out
+
+
+def numbers_of(smoother, average):
+    """The counts that go with tensors_of()."""
+    return {"draws": getattr(smoother, "draws", 0), "averaged": average.count if average else 0}
+
+
+@torch.no_grad()
+def put_back(part, note, named, optimizer, smoother, average):
+    """Fill a new run with the state in `part`, after making room for what a new run does not have yet."""
+    saved = dtypes(part)
+    for name, p in named:
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            if f"{key}.{name}" in saved:
+                like = torch.zeros(()) if key == "step" else p
+                optimizer.state[p][key] = torch.zeros_like(like, dtype=saved[f"{key}.{name}"])
+        if f"kept.{name}" in saved:
+            smoother.kept[p] = torch.zeros_like(p, dtype=saved[f"kept.{name}"])
+    if note["averaged"]:
+        average.update()
+        average.count = note["averaged"]
+    smoother.draws = note["draws"]
+    load(part, tensors_of(named, optimizer, smoother, average))

@@ -1157,31 +1157,23 @@ def nll(model, ids, reduction="mean"):
     return F.cross_entropy(logits, torch.tensor(ids[1:]), reduction=reduction)
 
 
-def unlearn_args(flags):
-    """What unlearn.py runs with these flags on the little model."""
-    always = "--out /nowhere --device cpu --sam_rho 0.01 --rmu_layer 1 --rmu_alpha 3 "
-    return unlearn.parse_args((always + flags).split())
-
-
 class Losses(unittest.TestCase):
     def test_values_by_hand_and_the_published_gradient_of_npo(self):
         """All but ga are c/beta log(1 + e^x). NPO paper, eq. 4: its gradient is that of ga times
         2 p^beta / (p^beta + p_ref^beta)."""
+        args = SimpleNamespace(beta=0.5, margin=0.3)
         chosen = {"logp": torch.tensor([-3.0, -3.0]), "ref": torch.tensor([-3.5, -4.0])}
         logp = torch.tensor([-1.0, -2.0], requires_grad=True)
         batch = {"logp": logp, "ref": torch.tensor([-1.5, -1.0]), "chosen": chosen}
         want = {"ga": [-1, -2], "graddiff": [-1, -2], "npo": 4 * np.logaddexp(0, [0.5 * 0.5, 0.5 * -1]),
                 "simnpo": 4 * np.logaddexp(0, [0.5 * -1 + 0.3, 0.5 * -2 + 0.3]),
                 "dpo": 2 * np.logaddexp(0, [-0.5 * (0.5 - 0.5), -0.5 * (1 + 1)])}
-        self.assertEqual(want.keys(), losses.FORGET.keys())
-        for name, values in want.items():
-            args = SimpleNamespace(beta=0.5, margin=0.3)
-            got = losses.FORGET[name](lambda some: some["logp"], batch, args)
-            np.testing.assert_allclose(got.detach(), values, rtol=1e-6)
-            if name == "npo":
-                got.sum().backward()
-                p = torch.exp(0.5 * logp)
-                torch.testing.assert_close(logp.grad, 2 * p / (p + torch.exp(0.5 * batch["ref"])))
+        got = {name: f(lambda some: some["logp"], batch, args) for name, f in losses.FORGET.items()}
+        for name, values in got.items():
+            np.testing.assert_allclose(values.detach(), want[name], rtol=1e-6)
+        got["npo"].sum().backward()
+        p = torch.exp(0.5 * logp)
+        torch.testing.assert_close(logp.grad, 2 * p / (p + torch.exp(0.5 * batch["ref"])))
 
     def test_the_cached_reference_is_a_live_reference_model(self):
         model = little_llama()
@@ -1190,87 +1182,70 @@ class Losses(unittest.TestCase):
             ref = losses.reference_logps(model, samples, 2, 0, reduce)
             np.testing.assert_allclose(ref, [-nll(model, ids, reduce).item() for ids, _ in samples])
             micro = losses.micro_batches(samples, [3, 0, 4], 2, 0, "cpu", ref)
-            self.assertEqual([batch["ref"].tolist() for batch in micro], [[ref[3], ref[0]], [ref[4]]])
             npo = losses.forget_sum(SimpleNamespace(loss="npo", beta=0.3, reduce=reduce))
-            at_reference = losses.descend(model, micro, npo, "samples")
-            self.assertAlmostEqual(at_reference.item(), 2 / 0.3 * math.log(2), places=9)
+            loss = losses.descend(model, micro, npo, "samples")
+            self.assertAlmostEqual(loss.item(), 2 / 0.3 * math.log(2), places=9)
 
     def test_kl_and_the_distances_of_rmu_match_loops_over_single_samples(self):
         model = little_llama()
         frozen = little_llama(seed=1)
-        states = {}
-        for layer in (model.model.layers[1], frozen.model.layers[1]):
-            layer.register_forward_hook(lambda module, inputs, out: states.update({module: out}))
         goal = losses.rmu_goal(model, 6.5, torch.float64)
         self.assertAlmostEqual(goal.norm().item(), 6.5)
         want = np.zeros(3)
         for ids, _ in text_samples():
-            p, q = (m(torch.tensor([ids])).logits[0, :-1].detach().softmax(-1) for m in (model, frozen))
-            hidden, kept = (out.detach() for out in states.values())
-            want += [(q * (q / p).log()).sum(), (hidden - goal).square().mean(-1).sum(),
-                     (hidden - kept).square().mean(-1).sum()]
+            out, kept = (m(torch.tensor([ids]), output_hidden_states=True) for m in (model, frozen))
+            p, q = (some.logits[0, :-1].log_softmax(-1) for some in (out, kept))
+            hidden = out.hidden_states[2]                            # behind layer 1
+            want += [F.kl_div(p, q, log_target=True, reduction="sum").item(),
+                     (hidden - goal).square().mean(-1).sum().item(),
+                     (hidden - kept.hidden_states[2]).square().mean(-1).sum().item()]
         batch = models.collate(text_samples(), 0)
         sums = (losses.kl_sum(frozen), losses.rmu_forget_sum(1, goal), losses.rmu_retain_sum(1, frozen))
         np.testing.assert_allclose([total(model, batch).item() for total in sums], want)
 
-    def gradient(self, flags, size):
-        """The two losses and the gradient of a second step over micro-batches of `size`."""
-        args = unlearn_args(f"{flags} --micro_batch {size}")
+    def stepped(self, flags, size=9):
+        """One vector of the last step's losses and of how far the weights moved in some steps of SGD."""
+        always = "--out /nowhere --device cpu --sam_rho 0.01 --rmu_layer 1 --rmu_alpha 3 --warmup 0"
+        args = unlearn.parse_args(f"{always} {flags} --micro_batch {size}".split())
         model = little_llama()
-        params = list(model.parameters())
-        forget, retain = unlearn.objectives(args, model, little_llama(seed=1))
+        with mock.patch.object(unlearn, "frozen_model", return_value=little_llama(seed=1)):
+            run = unlearn.Unlearning(args, model)
+        run.optimizer = torch.optim.SGD(run.params)
+        start = flat(run.params)
         ref = torch.linspace(-3, -1, 5).double()
         picks = [4, 1, 3, 0, 2]
-        micro = losses.micro_batches(text_samples(), picks, size, 0, "cpu", ref)
+        forget = losses.micro_batches(text_samples(), picks, size, 0, "cpu", ref)
         chosen = losses.micro_batches(text_samples(TEXTS[::-1]), picks, size, 0, "cpu", ref - 1)
-        for batch, other in zip(micro, chosen):
-            batch["chosen"] = other
+        forget = [batch | {"chosen": other} for batch, other in zip(forget, chosen)]
+        retain = losses.micro_batches(text_samples(), [1, 2, 3], size, 0, "cpu")
+        attack = functools.partial(losses.descend, model, forget, losses.nll_sum, "labels")
+        for i in range(args.steps):                                  # momentum looks back
+            found = run.step(i, forget, retain, attack)
+        return torch.cat([torch.tensor([found["forget"], found["retain"]]), start - flat(run.params)])
 
-        def attack():
-            return losses.descend(model, micro, losses.nll_sum, "labels")
-        smoother = unlearn.SMOOTHERS[args.smooth](args, params, params)
-        for _ in range(2):                                           # momentum looks back
-            model.zero_grad()
-            f_loss = smoother(lambda: forget(micro), *[attack] * (args.sam_direction == "lookahead"))
-        numbers = torch.tensor([f_loss, retain(micro)], dtype=torch.float64)
-        return torch.cat([numbers, flat(p.grad for p in params if p.grad is not None)])
-
-    def test_micro_batches_give_the_same_gradient_for_every_loss_and_smoother(self):
-        lines = [f"--loss {name}" for name in (*losses.FORGET, "rmu")]
-        lines += [f"--smooth {name}" for name in unlearn.SMOOTHERS if name != "sam"]
-        lines += ["--smooth none --retain kl", "--smooth none --reduce sum", "--sam_direction random",
-                  "--loss simnpo --sam_norm linf", "--sam_direction momentum --sam_norm linf",
-                  "--loss rmu --sam_direction momentum", "--loss graddiff --sam_direction lookahead",
-                  "--loss dpo --sam_direction lookahead --sam_norm linf"]
-        for line in lines:
-            whole = self.gradient(line, 5)
-            self.assertGreater(whole.norm().item(), 1e-3)
-            for size in (2, 1):
-                np.testing.assert_allclose(self.gradient(line, size), whole, 1e-8, 1e-10, err_msg=line)
+    def test_micro_batches_take_the_same_steps_for_every_loss_and_smoother(self):
+        pairs = zip((*losses.FORGET, "rmu"), itertools.cycle(unlearn.SMOOTHERS))
+        lines = [f"--loss {loss} --smooth {smooth}" for loss, smooth in pairs]
+        for line in (*lines, "--smooth none --reduce sum --retain kl", "--sam_direction random",
+                     "--loss rmu --sam_direction momentum", "--sam_direction lookahead --sam_norm linf"):
+            whole = self.stepped(f"{line} --steps 2 --lr .01")
+            self.assertGreater(whole[2:].norm().item(), 1e-3)
+            np.testing.assert_allclose(self.stepped(f"{line} --steps 2 --lr .01", 2), whole, 1e-6, 1e-11)
 
     def test_a_step_adds_gamma_times_the_retain_gradient_at_theta(self):
         """SGD at a rate of 1 moves the weights by what the step calls the gradient."""
-        flags = "--loss graddiff --sam_rho .5 --gamma 3 --lr 1 --warmup 0 --clip 0"
-        run = unlearn.Unlearning(unlearn_args(flags), little_llama())
-        run.optimizer = torch.optim.SGD(run.params)
-        start = flat(run.params)
-        samples = text_samples()
-        run.step(0, losses.micro_batches(samples, [0, 1], 9, 0, "cpu"),
-                 losses.micro_batches(samples, [2, 3], 9, 0, "cpu"), None)
-        got = start - flat(run.params)
-
+        got = self.stepped("--loss graddiff --sam_rho .5 --gamma 3 --lr 1 --clip 0 --steps 1")[2:]
         model = little_llama()                                       # the same by hand
         params = list(model.parameters())
-        a, b, c, d = (ids for ids, _ in samples[:4])
+        samples = [ids for ids, _ in text_samples()]
 
         def forget_gradient():
-            return torch.autograd.grad(-(nll(model, a) + nll(model, b)) / 2, params)
-        retain = (nll(model, c, "sum") + nll(model, d, "sum")) / (len(c) + len(d) - 2)
-        retain = torch.autograd.grad(retain, params)
+            return torch.autograd.grad(-sum(nll(model, ids) for ids in samples) / 5, params)
+        retain = sum(nll(model, ids, "sum") for ids in samples[1:4])
+        retain = torch.autograd.grad(retain / (sum(map(len, samples[1:4])) - 3), params)
         ascent = forget_gradient()
         with torch.no_grad():
-            for p, g in zip(params, ascent):
-                p.add_(0.5 * g / flat(ascent).norm())
+            torch._foreach_add_(params, ascent, alpha=0.5 / flat(ascent).norm().item())
         want = flat(forget_gradient()) + 3 * flat(retain)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-6)  # Llama's norm is in fp32 even here
 
@@ -1293,94 +1268,57 @@ class Models(unittest.TestCase):
         return torch.cat([loss.detach().reshape(1), flat(p.grad for p in self.model.parameters())])
 
     def test_token_logps_and_scores_match_a_loop_over_single_tokens(self):
+        ids = self.samples[0][0][:4]
+        self.assertEqual(models.encode(self.tokenizer, [("", TEXTS[3], "")], 4, max_len=4), [(ids, ids)])
         logps, mask = models.token_logps(self.model, self.batch)
         self.assertEqual(mask.sum(1).tolist(), [7, 2, 3])            # no prompt, no padding
-        scored = models.label_scores(self.model, self.tokenizer, self.samples)
+        scored = models.label_scores(self.model, self.tokenizer, self.samples, batch=2)
         for row, (ids, labels) in enumerate(self.samples):
             want = np.zeros(mask.shape[1])
             likeliest = []
-            for t in [t for t in range(1, len(ids)) if labels[t] != models.IGNORE]:
-                said = self.model(torch.tensor([ids[:t]])).logits[0, -1].log_softmax(-1)
-                want[t - 1] = said[ids[t]].item()
-                likeliest.append(said.argmax().item() == ids[t])
+            for t in range(1, len(ids)):
+                if labels[t] != models.IGNORE:
+                    said = self.model(torch.tensor([ids[:t]])).logits[0, -1].log_softmax(-1)
+                    want[t - 1] = said[ids[t]].item()
+                    likeliest.append(said.argmax().item() == ids[t])
             np.testing.assert_allclose(logps[row].detach(), want)
             np.testing.assert_allclose(scored[row][0], want[mask[row]])
             self.assertEqual(scored[row][1].tolist(), likeliest)
 
     def test_neither_padding_nor_chunks_change_a_loss_or_its_gradient(self):
-        """Sums over samples stay those of the samples alone, whatever the pad token, with all logits at
-        once and with 1 or 5 of the 12 rows at a time."""
         for total in (losses.nll_sum, losses.kl_sum(little_llama(seed=1))):
             alone = sum(self.gradient(total, models.collate([sample], 0)) for sample in self.samples)
-            for pad, rows in ((0, 1000), (2, 1000), (5, 5), (0, 1)):
+            for pad, rows in ((2, 1000), (5, 5), (0, 1)):                    # of 12 rows of logits
                 batch = models.collate(self.samples, pad)
                 with mock.patch.object(models, "CHUNK", rows * len(self.tokenizer)):
                     np.testing.assert_allclose(self.gradient(total, batch), alone, 1e-8, 1e-10)
 
-    def test_long_texts_are_refused_with_the_fix_or_cut_on_request(self):
-        with self.assertRaisesRegex(formats.InputError, r"f:7: 8 tokens.* 4.*--max_len 4"):
-            models.encode(self.tokenizer, [("", TEXTS[3], "f:7")], 4)
-        ids = self.samples[0][0][:4]
-        self.assertEqual(models.encode(self.tokenizer, [("", TEXTS[3], "")], 4, max_len=4), [(ids, ids)])
-        with self.assertRaisesRegex(formats.InputError, "no token to score"):
-            models.encode(self.tokenizer, [(TEXTS[3], " cat", "")], 64, max_len=5)
-
-    def test_batches_take_every_sample_once_and_keep_to_their_limits(self):
-        lengths = random.Random(0).choices(range(1, 30), k=100) + [99]
-        parts = list(models.batches(lengths, 7, 60))
-        order = sum(parts, [])
-        self.assertEqual(sorted(order), list(range(101)))
-        self.assertEqual([lengths[i] for i in order], sorted(lengths))
-        for part in parts[:-1]:
-            self.assertLessEqual(len(part), 7)
-            self.assertLessEqual(len(part) * lengths[part[-1]], 60)
-        self.assertEqual(len(list(models.batches([5] * 10, 4))), 3)
-
-    def test_no_more_than_one_chunk_of_logits_exists_at_a_time(self):
-        batch = models.collate([([1] * 21, [models.IGNORE] + [1] * 20)] * 2, 0)      # 40 labels
-        linear = F.linear
-        seen = []
-
-        def counted(x, weight, bias=None):
-            if weight is self.model.lm_head.weight and x.numel():
-                seen.append(len(x))
-            return linear(x, weight, bias)
-        with mock.patch.object(F, "linear", counted), \
-                mock.patch.object(models, "CHUNK", 16 * len(self.tokenizer)):
-            self.gradient(losses.nll_sum, batch)
-        self.assertEqual(seen, [16, 16, 8, 8, 16, 16])               # forward, and again for backward
-
-    def peak(self, tokens):
-        """Most bytes that a pass over a text and its gradient take."""
-        def kilobytes(key):
-            return int(Path("/proc/self/status").read_text().split(key)[1].split()[0])
-        batch = models.collate([(list(range(tokens)), list(range(tokens)))], 0)
-        Path("/proc/self/clear_refs").write_text("5")                # resets VmHWM, the peak
-        before = kilobytes("VmRSS:")
-        losses.nll_sum(self.model, batch).backward()
-        return 1024 * (kilobytes("VmHWM:") - before)
-
     @unittest.skipUnless(Path("/proc/self/clear_refs").exists(), "only Linux tells a peak of memory")
     def test_peak_memory_does_not_grow_with_tokens_times_a_vocabulary_of_49k(self):
-        self.model = little_llama(torch.float32, context=1200, vocab_size=49152, num_hidden_layers=1)
-        self.peak(100)                                               # to warm up
-        few = self.peak(600)
-        many = self.peak(1200)
-        with mock.patch.object(models, "CHUNK", 2**60):
-            whole = self.peak(1200)
-        self.assertGreater(whole, 2.5 * 1200 * 49152 * 4)            # logits, log-softmax, gradient
-        self.assertLess(many, 1.1 * few + 2**24)
-        self.assertLess(many, 4.5 * 2**24 * 4)
+        model = little_llama(torch.float32, context=600, vocab_size=49152, num_hidden_layers=1)
+        chunk = 200 * 49152                                          # logits
 
-    def test_soft_capped_and_scaled_logits_keep_the_models_own_head_and_say_so_once(self):
-        from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
-        small = {"vocab_size": len(self.tokenizer), "hidden_size": 16, "intermediate_size": 24,
-                 "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-                 "bos_token_id": 1, "eos_token_id": 2}
-        capped = Gemma2ForCausalLM(Gemma2Config(**small, head_dim=8, final_logit_softcapping=0.1))
-        scaled = CohereForCausalLM(CohereConfig(**small))
-        for model, altered in ((capped, True), (scaled, True), (self.model, False)):
-            model = model.double().eval()
+        def kilobytes(key):
+            return int(Path("/proc/self/status").read_text().split(key)[1].split()[0])
+
+        def peak(tokens, most):
+            """In chunks, of a pass over a text and its gradient."""
+            batch = models.collate([(list(range(tokens)), list(range(tokens)))], 0)
+            Path("/proc/self/clear_refs").write_text("5")            # resets VmHWM, the peak
+            before = kilobytes("VmRSS:")
+            with mock.patch.object(models, "CHUNK", most):
+                losses.nll_sum(model, batch).backward()
+            return 1024 * (kilobytes("VmHWM:") - before) / (4 * chunk)
+        peak(20, chunk)                                              # to warm up
+        self.assertLess(peak(600, chunk), 4.5)
+        self.assertGreater(peak(400, 2**60), 5.5)                    # logits, log-softmax, gradient
+
+    def test_soft_capped_logits_keep_the_models_own_head_and_say_so_once(self):
+        from transformers import Gemma2Config, Gemma2ForCausalLM
+        capped = Gemma2ForCausalLM(Gemma2Config(
+            vocab_size=len(self.tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.1))
+        for model, altered in ((capped.double().eval(), True), (self.model, False)):
             want, mask = models.token_logps(model, self.batch)
             said = io.StringIO()
             with mock.patch.object(models, "CHUNK", 1), contextlib.redirect_stderr(said):
@@ -1395,98 +1333,72 @@ class Models(unittest.TestCase):
         for layer in self.model.model.layers:
             layer.self_attn.register_forward_hook(lambda *more: calls.append(1))
         want = self.gradient(losses.nll_sum, self.batch)
-        self.assertEqual(len(calls), 3)
         models.recompute_blocks(self.model)
         self.assertTrue(torch.equal(self.gradient(losses.nll_sum, self.batch), want))
         self.assertEqual(len(calls), 3 + 6)
 
     def test_batched_generation_with_left_padding_is_a_plain_greedy_loop(self):
-        """One whole forward pass a token, without cache or padding; a text ends at eos."""
+        """One whole forward pass a token, no cache, no padding; a text ends at eos; and batches()."""
+        self.assertEqual(list(models.batches([9, 2, 5, 5, 5], 3, 12)), [[1, 2], [3, 4], [0]])
+        self.assertEqual(list(models.batches([1, 1, 1], 2, 12)), [[0, 1], [2]])
         own = self.model.generation_config
         own.repetition_penalty = 5.0                                 # a checkpoint's: greedy is argmax
+        own.eos_token_id = [7]
         prompts = [(text, "here") for text in ("who", *TEXTS)]
-        for end in (2, 7):
-            own.eos_token_id = [end]
-            want = []
-            for text, _ in prompts:
-                ids = self.tokenizer(text).input_ids
-                said = []
-                while len(said) < 12 and not {2, end} & set(said):
-                    said.append(self.model(torch.tensor([ids + said])).logits[0, -1].argmax().item())
-                want.append(self.tokenizer.decode([i for i in said if i not in (2, end)]))
-            for batch in (64, 4, 1):
-                self.assertEqual(models.generate(self.model, self.tokenizer, prompts, 12, batch), want)
+        want = []
+        for text, _ in prompts:
+            ids = self.tokenizer(text).input_ids
+            said = greedy(self.model, ids, 12)[len(ids):]
+            end = next((t for t, token in enumerate(said) if token in (2, 7)), 12)
+            want.append(self.tokenizer.decode(said[:end]))
+        for batch in (64, 4, 1):
+            self.assertEqual(models.generate(self.model, self.tokenizer, prompts, 12, batch), want)
         self.assertIs(self.model.generation_config, own)
-        with self.assertRaisesRegex(formats.InputError, "f:3: 5 tokens and 60 new .* 64"):
-            models.generate(self.model, self.tokenizer, [("one two three cat", "f:3")], 60)
 
 
 # ---- data/formats.py ----------------------------------------------------------------------------------
 
 class Rows(Folder):
-    def test_each_documented_row_is_read_with_its_file_and_line(self):
-        rows = [{"prompt": "p", "completion": "c"}, {"text": "b", "fact": 3}, {"text": "bare"}]
-        path = write_rows(self.tmp / "x.jsonl", rows[:2])
-        path.write_text(path.read_text() + '\n"bare"')
+    def test_a_row_is_read_with_its_file_and_line_or_an_error_names_them_the_value_and_the_fix(self):
+        path = self.tmp / "x.jsonl"
+        rows = [{"text": "a", "fact": 3}, {"prompt": "p", "completion": "c"}, {"text": "x"}]
+        path.write_text("\n".join(map(json.dumps, rows[:2])) + '\n\n"x"')
         want = [row | {"where": f"{path}:{line}"} for row, line in zip(rows, (1, 2, 4))]
         self.assertEqual(formats.read_jsonl(path, formats.text_row), want)
-
-    def test_bad_files_and_rows_name_file_line_value_and_fix(self):
+        bad = [("\xff", formats.text_row, " is not UTF-8"), ("\n\n", formats.text_row, " has no rows")]
         texts = {"{": "not JSON", '{"txt": "a"}': "found txt", '{"text": "  "}': "'  '",
                  '{"text": 3}': "is 3", "[1]": "found list", '{"prompt": "a"}': "completion"}
-        bad = [(formats.text_row, "\xff", " is not UTF-8"), (formats.text_row, "\n\n", " has no rows")]
-        bad += [(formats.text_row, f'"fine"\n{line}', f":2: .*{says}") for line, says in texts.items()]
+        bad += [(f'"fine"\n{line}', formats.text_row, f":2: .*{says}") for line, says in texts.items()]
         mcq = '{"question": "q", "choices": ["a", "b", "c", "d"], "answer": 1}'
-        for old, new, says in ((', "d"', "", "exactly 4"), ('"d"', "7", "4 texts"), ('"q"', '""', "''"),
-                               (" 1", " 4", "is 4"), (" 1", " true", "is True"), (mcq, "7", "int")):
-            bad.append((formats.mcq_row, f"{mcq}\n{mcq.replace(old, new)}", f":2: .*{says}"))
-        path = self.tmp / "x.jsonl"
-        for check, text, says in bad:
+        for old, new, says in (('"q"', '""', "is ''"), (', "d"', "", "exactly 4"), ('"d"', "7", "exact"),
+                               (": 1", ": 4", "is 4"), (": 1", ": true", "is True"), (mcq, "7", "int")):
+            bad.append((f"{mcq}\n{mcq.replace(old, new)}", formats.mcq_row, f":2: .*{says}"))
+        for text, check, says in bad:
             path.write_text(text, encoding="latin-1")
             with self.assertRaisesRegex(formats.InputError, f"{path}{says}"):
                 formats.read_jsonl(path, check)
-        path.unlink()
-        with self.assertRaisesRegex(formats.InputError, f"{path} is missing"):
-            formats.read_jsonl(path, formats.text_row)
 
 
 # ---- data/scores.py -----------------------------------------------------------------------------------
 
-def text_pairs(count):
-    """Pairs of texts of up to 8 words, which differ in case, punctuation and alphabet."""
-    rng = random.Random(0)
-    some = ["the", "cat", "Cat,", "sat!", "on", "a-mat", "3rd", "été", "_x_", "THE", "don't", ""]
-    for _ in range(count):
-        yield [" ".join(rng.choices(some, k=rng.randrange(9))) for _ in range(2)]
-
-
-def subsequences(of):
-    """All subsequences of a list."""
-    return {part for n in range(len(of) + 1) for part in itertools.combinations(of, n)}
-
-
 class Scores(unittest.TestCase):
-    def test_rouge_l_equals_a_search_through_all_subsequences(self):
+    def test_rouge_l_is_the_longest_common_subsequence_over_lengths(self):
+        """In texts of up to 8 words, which differ in case, punctuation and alphabet."""
+        def longest(a, b):
+            if not a or not b:
+                return 0
+            if a[0] == b[0]:
+                return 1 + longest(a[1:], b[1:])
+            return max(longest(a[1:], b), longest(a, b[1:]))
         spaces = str.maketrans(",!-é_'", 6 * " ")
-        for pair in text_pairs(60):
+        rng = random.Random(0)
+        some = ["the", "cat", "Cat,", "sat!", "on", "a-mat", "3rd", "été", "_x_", "THE", "don't", ""]
+        for _ in range(60):
+            pair = [" ".join(rng.choices(some, k=rng.randrange(9))) for _ in range(2)]
             said, truth = (text.lower().translate(spaces).split() for text in pair)
-            longest = max(map(len, subsequences(said) & subsequences(truth)))
             lengths = (len(said), len(truth), (len(said) + len(truth)) / 2)
-            np.testing.assert_allclose(scores.rouge_l(*pair), [longest / max(n, 0.5) for n in lengths])
-
-    def test_rouge_l_equals_the_rouge_score_package(self):
-        try:
-            from rouge_score.rouge_scorer import RougeScorer
-        except ImportError:
-            self.skipTest("the package rouge-score is not installed")
-        scorer = RougeScorer(["rougeL"], use_stemmer=False)
-        for said, truth in text_pairs(300):
-            np.testing.assert_allclose(scores.rouge_l(said, truth), scorer.score(truth, said)["rougeL"])
-
-    def test_auc_counts_pairs(self):
-        a, b = np.random.default_rng(0).integers(0, 6, (2, 17))      # small integers: many ties
-        pairs = np.sign(a[:, None] - b[:11]) / 2 + 0.5
-        self.assertAlmostEqual(scores.auc(a, b[:11]), pairs.mean(), places=12)
+            want = [longest(said, truth) / max(n, 0.5) for n in lengths]
+            np.testing.assert_allclose(scores.rouge_l(*pair), want)
 
     def test_ks_p_value_counts_the_orders_of_two_samples(self):
         for n, m in ((1, 1), (3, 4), (5, 5), (2, 7)):
@@ -1499,60 +1411,41 @@ class Scores(unittest.TestCase):
             gaps, d, p = np.array(found).T
             np.testing.assert_allclose(d, gaps)
             np.testing.assert_allclose(p, (gaps > gaps[:, None] - 1e-9).mean(1))
+        _, p = scores.ks_test(range(400), range(400, 800))           # 2 orders of all: 1e-239
+        self.assertAlmostEqual(p * math.comb(800, 400) / 2, 1, places=9)
 
-    def test_ks_p_value_against_published_tables(self):
-        """Siegel, Nonparametric Statistics (1956), table L, after Massey (1951): the smallest n D that
-        is significant for two samples of n, two-tailed. Smirnov (1948): sqrt(nm/(n+m)) D of large ones
-        is 1.358 at .05, 1.628 at .01. Two samples apart: 2 orders of all."""
-        def p(n, k):                                                 # with D = k/n
-            return scores.ks_test(np.arange(n) + 0.5, np.arange(n) + k)[1]
-        table = {0.05: {4: 4, 5: 5, 6: 5, 7: 6, 8: 6, 9: 6, 10: 7, 13: 7, 14: 8, 17: 8, 18: 9, 25: 10},
-                 0.01: {5: 5, 6: 6, 8: 7, 10: 8, 12: 8, 13: 9, 15: 9, 16: 10, 19: 10, 20: 11}}
-        for level, large in ((0.05, 1.358), (0.01, 1.628)):
-            table[level][1000] = math.ceil(large * math.sqrt(2 * 1000))
-            for n, k in table[level].items():
-                self.assertTrue(p(n, k) <= level < p(n, k - 1), (level, n, k))
-        self.assertAlmostEqual(p(400, 400) * math.comb(800, 400) / 2, 1, places=9)   # 1e-239
-
-    def test_means_and_holm_by_hand(self):
-        self.assertEqual(scores.mean_se([1.0, 3.0]), (2.0, 1.0))
-        self.assertEqual(scores.mean_se([4.0]), (4.0, None))
+    def test_auc_means_and_holm_by_hand_and_t_against_published_tables(self):
+        a, b = np.random.default_rng(0).integers(0, 6, (2, 17))      # small integers: many ties
+        pairs = np.sign(a[:, None] - b[:11]) / 2 + 0.5
+        self.assertAlmostEqual(scores.auc(a, b[:11]), pairs.mean(), places=12)
+        self.assertEqual([scores.mean_se(v) for v in ([1.0, 3.0], [4.0])], [(2.0, 1.0), (4.0, None)])
         self.assertAlmostEqual(scores.harmonic_mean([1.0, 2.0, 4.0]), 3 / (1 + 0.5 + 0.25))
         self.assertEqual(scores.harmonic_mean([1.0, 0.0]), 0.0)
         self.assertEqual(scores.holm([0.01, None, 0.04, 0.03, 0.005]), [0.03, None, 0.06, 0.06, 0.02])
         self.assertEqual(scores.holm([0.9, 0.8]), [1.0, 1.0])        # 2 x .8 is cut to 1, and .9 follows
-
-    def test_t_test_against_published_tables(self):
         for df, t, p in ((1, 12.706, 0.05), (7, 2.365, 0.05), (7, 3.499, 0.01), (15, 4.073, 0.001)):
             d = np.random.default_rng(df).normal(size=df + 1)
             d = (d - d.mean()) / d.std(ddof=1) * math.sqrt(df + 1) + t               # standard error 1
             np.testing.assert_allclose(scores.t_test(d), (t, p), rtol=0.002)
-        for without_spread in ([1.0, 1.0], [0.0, 0.0], [0.1, 0.1, 0.1]):             # the last rounded
-            self.assertEqual(scores.t_test(without_spread), (None, None))
+        self.assertEqual(scores.t_test([0.1, 0.1, 0.1]), (None, None))       # no spread but rounding
 
-    def test_spearman_critical_values_of_the_published_table(self):
-        """Two-sided critical values of Spearman's rho (Zar 1972): the smallest |rho| with p <= alpha;
-        rho is 1 - 6 S / (n^3 - n), S the sum of squared differences of ranks."""
+    def test_spearman_has_the_published_critical_values_and_ties_share_their_mean_rank(self):
+        """Zar (1972), two-sided: the smallest |rho| with p <= alpha. rho is 1 - 6 S / (n^3 - n), S the
+        sum of squared differences of ranks. Many pairs use Student's t."""
         table = {5: {.10: .900, .05: 1.000}, 6: {.10: .829, .05: .886, .02: .943, .01: 1.000},
                  7: {.10: .714, .05: .786, .02: .893, .01: .929}, 8: {.10: .643, .05: .738, .02: .833}}
         rng = np.random.default_rng(0)
         for n, critical in table.items():
-            p_of = {}
-            for y in rng.permuted(np.tile(np.arange(n), (1000, 1)), axis=1):
-                rho = 1 - 6 * np.square(y - np.arange(n)).sum() / (n ** 3 - n)
-                if rho > 0.5 and rho not in p_of:
-                    got, p_of[rho] = scores.spearman(range(n), y)
-                    self.assertAlmostEqual(got, rho, places=12)
-            for rho, alpha in itertools.product(p_of, critical):
-                significant = rho > critical[alpha] - 0.0006
-                self.assertEqual(p_of[rho] <= alpha + 1e-12, significant, (n, alpha, rho))
-
-    def test_spearman_ties_share_their_mean_rank_and_many_pairs_use_student(self):
+            orders = rng.permuted(np.tile(np.arange(n), (1000, 1)), axis=1)
+            rhos = 1 - 6 * np.square(orders - np.arange(n)).sum(1) / (n ** 3 - n)
+            for want in np.unique(rhos[rhos > 0.6]):
+                rho, p = scores.spearman(range(n), orders[np.argmax(rhos == want)])
+                self.assertAlmostEqual(rho, want, places=12)
+                for alpha, least in critical.items():
+                    self.assertEqual(p <= alpha + 1e-12, rho > least - 0.0006, (n, alpha, rho))
         np.testing.assert_allclose(scores.spearman([1, 2, 2, 3], [1.0, 5.0, 5.0, 9.0]), (1, 4 / 24))
         rho, p = scores.spearman(range(12), [2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11])
-        self.assertAlmostEqual(rho, 1 - 6 * 12 / (12 ** 3 - 12))
         self.assertAlmostEqual(p, scores.student_p(rho * math.sqrt(10 / (1 - rho ** 2)), 10))
-        self.assertLess(p, 1e-6)
         self.assertEqual(scores.spearman([1, 1, 1], [1, 2, 3]), (None, None))
 
 
@@ -1562,8 +1455,8 @@ def logps_alone(model, tokenizer, context, ending):
     """Log-probability of each token of an ending, from one pass over the whole string."""
     ids = tokenizer(context + ending).input_ids
     known = len(tokenizer(context).input_ids)
-    logps = model(torch.tensor([ids])).logits[0, known - 1:-1].log_softmax(-1)
-    return [logps[t, token].item() for t, token in enumerate(ids[known:])]
+    logps = model(torch.tensor([ids])).logits[0, known - 1:-1].log_softmax(-1).detach().numpy()
+    return logps[range(len(logps)), ids[known:]]
 
 
 def greedy(model, ids, count):
@@ -1582,11 +1475,8 @@ class Questions(unittest.TestCase):
                 found = evaluate.choice_logps(model, words(), rows)
             self.assertEqual(sum(len(call.args[0]) for call in collate.call_args_list), passes)
             for row, logps in zip(rows, found.tolist()):
-                for ending, logp in zip(row["endings"], logps):
-                    want = sum(logps_alone(model, words(), row["context"], ending))
-                    self.assertAlmostEqual(logp, want)
-            alone = evaluate.choice_logps(model, words(), rows, batch=1)
-            torch.testing.assert_close(alone, found, rtol=1e-9, atol=0)
+                for text, logp in zip(row["endings"], logps):
+                    self.assertAlmostEqual(logp, logps_alone(model, words(), row["context"], text).sum())
 
     def test_without_a_prompt_questions_are_asked_by_the_letters_of_the_harness(self):
         row = {"question": " Q? ", "choices": ["w", "x", "y", "z"], "subject": "human_aging"}
@@ -1596,31 +1486,26 @@ class Questions(unittest.TestCase):
                          "about human aging.\n\nQ?\nA. w\nB. x\nC. y\nD. z\nAnswer:")
 
     def test_ue_ut_and_held_out_by_hand(self):
-        questions = {}
-        for name, hits in (("mcq_forget", [1, 0, 0, 1]), ("mcq_retain", [1, 1, 0, 1])):
-            questions[name] = [{"fact": fact, "right": hit} for fact, hit in enumerate(hits)]
+        forget = [{"fact": fact, "hit": fact in (0, 3)} for fact in range(4)]
+        questions = {"mcq_forget": forget, "mcq_retain": 3 * [{"hit": True}] + [{"hit": False}]}
 
         def correct(model, tokenizer, rows):
-            return torch.tensor([row["right"] == 1 for row in rows])
+            return torch.tensor([row["hit"] for row in rows])
         with mock.patch.object(evaluate, "correct", correct):
             for seen, want in (({0, 1}, 0.5), ({0}, 1 - 1 / 3), ({0, 1, 2, 3}, None), (set(), None)):
                 found = evaluate.ue_ut(None, None, questions, seen)
                 self.assertEqual(found, {"UE": 0.5, "UE_heldout": want, "UT": 0.75})
-            self.assertEqual(evaluate.ue_ut(None, None, {}), {"UE": None, "UT": None})
 
     def test_open_accuracy_is_what_greedy_generation_gives(self):
         model = little_llama()
         rows = []
         for text in TEXTS:
-            context = PROMPT.format(question=text)
-            ids = words()(context).input_ids
+            ids = words()(text).input_ids
             said = words().decode(greedy(model, ids, 2)[len(ids):])
             for answer in (f" {said}", f" {said.split()[0]} who"):   # the second is half right
-                rows.append({"context": context, "endings": ["", answer], "answer": 1, "where": ""})
+                rows.append({"context": text, "endings": ["", answer], "answer": 1, "where": ""})
         self.assertEqual(evaluate.open_accuracy(model, words(), rows, batch=3), 0.5)
 
-
-class Corpora(unittest.TestCase):
     def test_perplexity_and_memorisation_by_loops_and_extraction_strength_from_every_prefix(self):
         model = little_llama()
         own = words().decode(greedy(model, words()("one two").input_ids, 6), skip_special_tokens=True)
@@ -1629,105 +1514,62 @@ class Corpora(unittest.TestCase):
         found, records = evaluate.corpus_scores(model, words(), rows, batch=2)
         logps = []
         for text, record in zip(texts, records):
+            logps.extend(logps_alone(model, words(), "", text))
             ids = words()(text).input_ids
             n = len(ids) - 1
             hits = [greedy(model, ids[:t], 1) == ids[:t + 1] for t in range(1, n + 1)]
             enough = [k for k in range(n + 1) if greedy(model, ids[:1 + k], n - k) == ids]
             np.testing.assert_allclose((record["em"], record["es"]), (np.mean(hits), 1 - enough[0] / n))
-            logps += logps_alone(model, words(), "", text)
         self.assertTrue(records[1]["es"] > 0.5 and records[2]["es"] == 0)
-        for key in ("es", "em"):
-            self.assertAlmostEqual(found[key], np.mean([record[key] for record in records]))
         self.assertAlmostEqual(found["ppl"], math.exp(-np.mean(logps)), places=6)
 
 
 class Score(Folder):
-    """Two random Llamas, `model` and `other`, and `data` with every file that data/*/metrics.py know."""
-    files = ("forget retain verbmem_forget privleak_forget privleak_holdout knowmem_forget "
-             "knowmem_forget_icl knowmem_retain knowmem_retain_icl qa_forget qa_retain qa_real_authors "
-             "qa_world_facts").split()
-
-    def setUp(self):
-        super().setUp()
+    def test_a_folder_decides_what_is_measured_and_batch_size_changes_nothing(self):
+        """Two random Llamas, and rows that suit each of the files that data/*/metrics.py know."""
         for seed, name in enumerate(("model", "other")):
             model = little_llama(torch.float32, seed, context=1024)
-            model.lm_head.weight.data[2] *= 4                        # <eos>: short answers
+            model.generation_config.eos_token_id = list(range(8))    # short answers
             write_model(self.tmp / name, model)
-        for i, name in enumerate(self.files):                        # with rows that suit each of them
+        files = ("forget retain qa_forget qa_retain qa_real_authors qa_world_facts knowmem_forget "
+                 "knowmem_retain knowmem_forget_icl knowmem_retain_icl privleak_forget privleak_holdout "
+                 "verbmem_forget")
+        for i, name in enumerate(files.split()):
             rows = [{"text": text, "prompt": text, "gt": text, "question": text, "answer": "the cat",
                      "perturbed_answer": ["a dog", "mat"]} for text in TEXTS[i % 3:]]
             write_rows(self.tmp / "data" / f"{name}.jsonl", rows)
         write_rows(self.tmp / "data" / "mcq_forget.jsonl", QUESTIONS)
         (self.tmp / "data" / "meta.json").write_text(json.dumps({"auc_retrain": 0.4}))
 
-    def score(self, more=""):
-        """The metrics and records of `model` that evaluate.py with these flags leaves."""
-        flags = f"{self.tmp}/model --data {self.tmp}/data --records --overwrite --device cpu {more}"
-        evaluate.score(self.tmp / "model", evaluate.flags().parse_args(flags.split()))
-        found = read_json(self.tmp / "model" / "evaluate.json")
-        return found["metrics"], found["records"]
-
-    def test_a_folder_decides_what_is_measured_and_batch_size_changes_nothing(self):
-        metrics, records = self.score()
-        want = {name.replace("verbmem_forget", "verbmem") for name in self.files if "icl" not in name}
-        self.assertEqual(set(records), want | {"mcq_forget"})
-        self.assertTrue(metrics["bos"])
+        def score(more=""):
+            flags = f"{self.tmp}/model --data {self.tmp}/data --records --overwrite --device cpu {more}"
+            evaluate.score(self.tmp / "model", evaluate.flags().parse_args(flags.split()))
+            found = read_json(self.tmp / "model" / "evaluate.json")
+            return found["metrics"], found["records"]
+        metrics, records = score()
+        want = files.replace("verbmem_forget", "verbmem mcq_forget").split()
+        self.assertEqual(set(records), {name for name in want if "icl" not in name})
         self.assertEqual((metrics["UT"], metrics["template"]), (None, evaluate.LETTERS))
+        hits = [record["choice"] == record["answer"] for record in records["mcq_forget"]]
+        self.assertEqual(metrics["UE"], 1 - np.mean(hits))
         self.assertAlmostEqual(metrics["privleak"], 100 * (metrics["auc"] - 0.4) / 0.4)
         nine = [value for name in tofu.KEPT for value in metrics[name].values()]
         self.assertAlmostEqual(metrics["utility"], scores.harmonic_mean(nine))
-        self.assertNotIn("forget_quality", metrics)
-        right = [np.argmax(record["logps"]) == record["answer"] for record in records["mcq_forget"]]
-        self.assertEqual(metrics["UE"], 1 - np.mean(right))
-        _, again = self.score("--batch_size 2")
+        metrics, again = score(f"--batch_size 2 --retain_run {self.tmp}/other")
         for name in records:
             for one, other in zip(records[name], again[name], strict=True):
-                for key, value in one.items():
-                    if key == "logps" or isinstance(value, float):
-                        np.testing.assert_allclose(other[key], value, rtol=2e-5, err_msg=f"{name} {key}")
-                    else:
-                        self.assertEqual(other[key], value, name)
-
-    def test_limit_bos_and_a_model_that_never_knew(self):
-        metrics, records = self.score("--limit 2 --bos none")
+                for key in one.keys() - {"logps"}:
+                    self.assertAlmostEqual(one[key], other[key], delta=1e-3, msg=f"{name} {key}")
+        never = read_json(self.tmp / "other" / "evaluate.json")
+        ours, theirs = ([r["R"] for r in some["qa_forget"]] for some in (again, never["records"]))
+        self.assertEqual(metrics["forget_quality"], scores.ks_test(ours, theirs)[1])
+        self.assertAlmostEqual(metrics["privleak"], 100 * (metrics["auc"] / never["metrics"]["auc"] - 1))
+        metrics, records = score("--limit 2 --bos none")
         self.assertFalse(metrics["bos"])
         self.assertRegex(records["mcq_forget"][1]["where"], ":3$")   # evenly spaced
-        metrics, records = self.score(f"--retain_run {self.tmp}/other")
-        path = self.tmp / "other" / "evaluate.json"
-        other = read_json(path)
-        ours = [record["R"] for record in records["qa_forget"]]
-        theirs = [record["R"] for record in other["records"]["qa_forget"]]
-        self.assertEqual(metrics["forget_quality"], scores.ks_test(ours, theirs)[1])
-        self.assertAlmostEqual(metrics["privleak"], 100 * (metrics["auc"] / other["metrics"]["auc"] - 1))
-        stamp = path.stat().st_mtime_ns
-        self.score(f"--retain_run {self.tmp}/other")
-        self.assertEqual(path.stat().st_mtime_ns, stamp)             # not scored again
-
-    def test_the_command_line_scores_a_plain_model_and_names_a_bad_row(self):
-        flags = (self.tmp / "model", "--data", self.tmp / "data", "--limit", 1)
-        out = self.run_script("evaluate.py", *flags)
-        self.assertRegex(out, r"\nscores\nmethod .*qa_forget_truth.*\nmodel .*\n\ncorpora\n.*es_forget")
-        write_rows(self.tmp / "data" / "qa_forget.jsonl", [{"question": "q", "answer": "a"}])
-        self.run_script("evaluate.py", *flags, "--overwrite", says="qa_forget.jsonl:1")
-
-    @unittest.skipUnless(os.environ.get("REAL_MODEL"), "set REAL_MODEL to a model's folder to run it")
-    def test_letter_questions_to_a_real_model_are_three_times_as_fast_as_four_passes_each(self):
-        model, tok = models.load_model(os.environ["REAL_MODEL"])
-        files, _ = script_module("data/tiny/prepare.py").build_world(0)
-        rows = evaluate.ask([row | {"where": ""} for row in files["mcq_forget"][:24]])
-        theirs = []
-        with torch.no_grad():
-            began = time.time()
-            ours = evaluate.choice_logps(model, tok, rows)
-            between = time.time()
-            for row in rows:
-                theirs.append([sum(logps_alone(model, tok, row["context"], e)) for e in row["endings"]])
-            seconds = (between - began, time.time() - between)
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
-        self.assertGreater(seconds[1] / seconds[0], 3, seconds)
 
 
-# ---- data/tables.py -----------------------------------------------------------------------------------
+# ---- data/tables.py and assets/plot.py ----------------------------------------------------------------
 
 class Tables(Folder):
     def test_methods_are_compared_with_a_baseline_seed_by_seed_and_corrected_cell_by_cell(self):
@@ -1735,6 +1577,8 @@ class Tables(Folder):
         for beta, seed, ue in ((0.5, 2, 1.0), (0.5, 1, 1.0), (1.0, 1, 3.0), (1.0, 2, 5.0), (1.0, 9, 0.0),
                                (2.0, 1, 2.0), (2.0, 2, 4.0)):
             args = {"loss": "npo", "smooth": "none", "sam_flip": False, "beta": beta, "seed": seed}
+            if seed == 2:                                            # from after these flags existed
+                args |= {"sam_direction": "gradient", "sam_norm": "l2", "sam_rho": 0.1, "clip": 0.0}
             ut = None if beta == 2.0 else -ue
             together.add("run", {"stage": "unlearn", "args": args}, {"UE": ue, "UT": ut})
         base, methods, paired = together.summary("npo beta=0.5")
@@ -1750,50 +1594,46 @@ class Tables(Folder):
         for test, corrected in ((one[ue], 2 * p), (two[ue], 2 * p), (one[ut], p)):
             self.assertAlmostEqual(test["p_holm"], corrected, places=6)
 
-    def test_runs_from_before_a_flag_existed_join_newer_ones(self):
-        def method(args, **changes):
-            return tables.method({"stage": "unlearn", "args": args | changes})
-        new = vars(unlearn.parse_args(["--sam_rho", "0.1", "--out", "/nowhere"]))
-        later = ("sam_norm", "sam_direction", "lookahead_steps", "triton", "state_dtype", "save_every",
-                 "resume", "stochastic_rounding", "gradient_checkpointing")
-        old = {key: value for key, value in new.items() if key not in later}
-        self.assertEqual(method(old, seed=7, out="elsewhere"), method(new))
-        self.assertEqual(method(old, smooth="none"), method(new, smooth="none", sam_rho=0.0))
-        other = method(new, sam_direction="momentum", sam_norm="linf", sam_flip=True)
-        self.assertEqual((method(new)[0], other[0]), ("npo+sam", "npo+sam momentum linf flipped"))
-        self.assertNotEqual(method(new, sam_direction="momentum")[1], method(new)[1])
-
-    def test_cells_name_every_attack(self):
-        tuned = [{"samples": 20, "epochs": 3, "lr": 1}, {"samples": 20, "epochs": 1, "lr": 2}]
+    def test_cells_name_every_attack_curves_average_draws_or_runs_and_flat_methods_resist(self):
+        curves = [[{"step": 0, "UE": 0.8}, {"step": 3, "UE": end}] for end in (0.2, 0.4)]
+        tuned = [{"samples": 10, "epochs": 1, "lr": 1, "curves": curves},
+                 {"samples": 20, "epochs": 3, "lr": 2}]
         edited = [{"samples": 0, "epochs": 0, "quantize": 4}, {"samples": 0, "epochs": 0, "prune": 30.0}]
         for attack, budgets in (("", tuned), ("compress", edited)):
             budgets = [budget | {"UE": 0.5, "UE_heldout": None, "UT": 0.9} for budget in budgets]
-            result = {"args": {"attack": attack}, "metrics": {"budgets": budgets}}
+            result = {"args": {"attack": attack, "batch_size": 4}, "metrics": {"budgets": budgets}}
             formats.write_json(self.tmp / f"relearn{attack}.json", result)
         prefix = {"UE": 0.7, "UE_heldout": 0.71, "UE_teacher": 0.1}
         found = tables.cells_of(self.tmp, {"UE": 0.9, "UT": 1.0, "attack": {"gcg": prefix}})
-        want = {("relearning", "20x3"): 0.5, ("relearning", "20@2"): 0.5, ("compress", "4bit"): 0.5,
+        want = {("relearning", "10"): 0.5, ("relearning", "20x3@2"): 0.5, ("compress", "4bit"): 0.5,
                 ("compress", "prune30"): 0.5, ("prefix", "gcg"): 0.7}
         self.assertEqual({cell[1:]: v for cell, v in found.items() if cell.measure == "UE"}, want)
         self.assertEqual(found["teacher's UE", "prefix", "gcg"], 0.1)
-
-    def test_relearn_curves_average_runs_or_the_seeds_of_one(self):
-        for run, ends in (("one", (0.2, 0.4)), ("two", (0.5, 0.7))):
-            curves = [[{"step": 0, "UE": 0.8}, {"step": 3, "UE": end}] for end in ends]
-            budgets = [{"samples": 10, "epochs": 1, "curves": curves}, {"samples": 99, "epochs": 1}]
-            write_rows(self.tmp / run / "relearn.json",
-                       [{"args": {"batch_size": 4}, "metrics": {"budgets": budgets}}])
-        for names, end, error in ((["one"], 0.3, 0.1), (["one", "two"], 0.45, 0.15)):
-            curve = tables.relearn_curve([self.tmp / name for name in names])
+        for count, error in ((1, 0.1), (2, 0)):                      # two draws, or two runs that agree
+            curve = tables.relearn_curve([self.tmp] * count)
             self.assertEqual(curve["seen"], [0, 10])                 # the third batch is half full
-            np.testing.assert_allclose(curve["mean"] + curve["se"], [0.8, end, 0, error])
-
-    def test_flat_methods_that_resist_give_a_correlation_of_minus_one(self):
+            np.testing.assert_allclose(curve["mean"] + curve["se"], [0.8, 0.3, 0, error], atol=1e-12)
         sharp = tables.Cell("sharpness (own)", "", "top")
         after = tables.Cell("UE", "relearning", "20")
-        found = tables.flat_and_robust([{sharp: 10.0 - i, after: 0.3 + i / 10} for i in range(4)])
-        self.assertEqual([row[:3] for row in found], [(sharp, after, 4)])
-        np.testing.assert_allclose(found[0][3:], (-1, 2 / 24))       # 2 of the 24 orders are as extreme
+        row, = tables.flat_and_robust([{sharp: 10.0 - i, after: 0.3 + i / 10} for i in range(4)])
+        np.testing.assert_allclose(row[2:], (4, -1, 2 / 24))         # 2 of the 24 orders are as extreme
+
+    @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not installed")
+    def test_every_picture_is_drawn_from_the_table_and_shows_something(self):
+        from matplotlib.image import imread
+        curve = [{"step": 0, "UE": 0.7}, {"step": 5, "UE": 0.3}]
+        budget = {"samples": 20, "epochs": 1, "UE": 0.3, "UE_heldout": 0.4, "UT": 0.9, "curves": [curve]}
+        result = {"args": {"batch_size": 4}, "metrics": {"budgets": [budget]}}
+        write_rows(self.tmp / "relearn.json", [result])
+        found = {"UE": 0.7, "UT": 0.9, "landscape": {"nll": {"rise": [[1, 0, 1], [2, 0, 2], [3, 0, 1]]}}}
+        together = tables.Runs()
+        together.add(str(self.tmp), {"stage": "model", "args": {"model": "m", "seed": 0}}, found)
+        table = tables.as_json(*together.summary()[1:], [], SimpleNamespace())
+        formats.write_json(self.tmp / "table.json", table)
+        self.run_script("assets/plot.py", self.tmp / "table.json", "--out", self.tmp / "all")
+        for name in ("ue_bars", "relearn_curves", "landscape", "ue_ut"):
+            image = imread(self.tmp / "all" / f"{name}.png")[..., :3]
+            self.assertGreater((image != 1).any(-1).mean(), 0.02, name)             # not an empty page
 
 
 # ---- kernels/gcg.py: a prefix that brings it back -----------------------------------------------------
@@ -1808,12 +1648,11 @@ class Prefix(Folder):
         write_model(self.tmp / "teacher", self.teacher)
         self.rows = evaluate.ask(QUESTIONS, PROMPT)
 
-    def search(self, more=""):
-        """(metrics, state) of a search with these flags."""
+    def search(self, calls=100, more=""):
         args = evaluate.flags().parse_args(
-            f"model --data {self.tmp} --teacher {self.tmp}/teacher --device cpu --attack_calls 200 "
-            "--attack_questions 2 --attack_length 4 7 --attack_candidates 4 --attack_topk 8 "
-            f"--attack_answer 3 {more}".split())
+            f"model --data {self.tmp} --teacher {self.tmp}/teacher --device cpu --attack_calls {calls} "
+            "--attack_questions 2 --attack_length 8 11 --attack_candidates 4 --attack_topk 8 "
+            f"--attack_answer 3 --attack_seed 4 {more}".split())
         metrics = evaluate.attack_prefix(self.tmp / "model", {"args": {}}, args)
         return metrics, read_json(self.tmp / "model" / f"attack_{args.attack_method}.json")["state"]
 
@@ -1831,8 +1670,8 @@ class Prefix(Folder):
                 out = model(torch.tensor([text]), output_hidden_states=True)
                 states.append(out.hidden_states[2][0, 1 - len(said):])
             for own, taught, plain in zip(*states):
-                terms["same input"].append((own - taught).square().sum().sqrt())
-                terms["clean input"].append(1 - own @ plain / own.norm() / plain.norm())
+                terms["same input"].append((own - taught).norm())
+                terms["clean input"].append(1 - F.cosine_similarity(own, plain, dim=0))
             logps = self.victim(torch.tensor([ids])).logits[0].log_softmax(-1)
             for t in range(len(prefix) + len(clean), len(ids)):
                 terms["answer"].append(-logps[t - 1, ids[t]])
@@ -1840,279 +1679,151 @@ class Prefix(Folder):
         repeated = sum((count - 1) ** 1.5 for count in Counter(prefix).values())
         return [*map(np.mean, terms.values()), repeated / len(prefix)]
 
-    def test_loss_terms_match_loops_over_questions_and_tokens(self):
-        gcg = sam.kernel_file("gcg")
-        tokens = gcg.Tokens(self.tok, len(self.tok), self.rows[0]["context"], "cpu")
-        task = evaluate.prefix_task(self.teacher, self.tok, self.rows, tokens, 3)
-        prefixes = [[5, 9, 5, 5, 9], [7, 8, 11, 6, 10]]
-        onehot = F.one_hot(torch.tensor(prefixes), len(self.tok)).double()
-        for prefix, terms in zip(prefixes, gcg.prefix_terms(self.victim, self.teacher, onehot, task)):
-            np.testing.assert_allclose(terms.detach(), self.by_hand(prefix, self.rows), rtol=1e-5)
-
-    def test_the_result_is_what_the_text_of_the_prefix_gives(self):
-        metrics, state = self.search("--attack_seed 4")
-        loss, terms, ids = state["best"][0]
-        self.assertEqual(self.tok(metrics["prefix"]).input_ids[1:], ids)
-        self.assertFalse(set(ids) & set(self.tok.all_special_ids))
-        self.assertGreaterEqual(len(ids), 6)                         # the minimum has grown
+    def test_the_result_is_what_loops_give_for_its_text_and_the_same_after_an_interruption(self):
+        metrics, state = self.search()
         picks = random.Random(4).sample(range(4), 2)
-        want = self.by_hand(ids, [self.rows[i] for i in picks])
-        np.testing.assert_allclose(terms, want, rtol=1e-4, atol=1e-5)
-        self.assertAlmostEqual(loss, np.dot(want, [1, 1, 10, 1.5, 3]), places=3)
+        for loss, terms, ids in state["best"]:
+            self.assertFalse(set(ids) & set(self.tok.all_special_ids))
+            want = self.by_hand(ids, [self.rows[i] for i in picks])
+            np.testing.assert_allclose(terms, want, rtol=1e-4, atol=1e-5)
+            self.assertAlmostEqual(loss, np.dot(want, [1, 1, 10, 1.5, 3]), places=3)
+        self.assertIn(3, [max(Counter(ids).values()) for _, _, ids in state["best"]])    # a repetition
+        self.assertGreater(len(ids), 8)                              # the minimum has grown
+        self.assertEqual(self.tok(metrics["prefix"]).input_ids[1:], state["best"][0][2])
         asked = [row | {"context": f"{metrics['prefix']} {row['context']}"} for row in self.rows]
         wrong = ~evaluate.correct(self.victim, self.tok, asked).numpy()
         held_out = np.delete(wrong, picks).mean()
         self.assertEqual((metrics["UE"], metrics["UE_heldout"]), (wrong.mean(), held_out))
         self.assertGreater(held_out, wrong.mean())                   # that tells the two apart
-
-    def test_a_teacher_that_answers_no_question_is_an_error(self):
-        with self.assertRaisesRegex(formats.InputError, "teacher"):
-            self.search("--attack_questions 1 --attack_seed 1")    # it says <eos> at once
-
-    def test_each_mutation_is_one_change_and_takes_the_tokens_it_should(self):
-        logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
-        first, second, third = logits.topk(3).indices.tolist()
-        share = logits[0].topk(3).values.softmax(-1)[0].item()
-        swapped = {*itertools.product(first, [98]), *itertools.product([99], second)}
-        inserted = {*itertools.product(first, [99], [98]), *itertools.product([99], second, [98]),
-                    *itertools.product([99], [98], third)}
-        for move, possible, one, p in (
-                ("swap", swapped, (first[0], 98), 1 / 6), ("sample", swapped, (first[0], 98), share / 2),
-                ("insert", inserted, (first[0], 99, 98), share / 3),
-                ("delete", {(99,), (98,)}, (99,), 1 / 2)):
-            found = sam.kernel_file("gcg").mutate([99, 98], move, logits, 9000, 3, random.Random(0))
-            drawn = Counter(map(tuple, found))
-            self.assertEqual(set(drawn), possible, move)
-            self.assertAlmostEqual(drawn[one] / 9000, p, delta=0.02)         # four standard errors
-
-    def test_an_interrupted_search_goes_on_and_ends_as_if_it_never_was(self):
-        whole = self.search()
-        write = formats.write_json
-
-        def breaks_off(path, value):
-            if value["state"]["calls"] > 100:
-                raise KeyboardInterrupt
-            write(path, value)
-        with mock.patch.object(formats, "write_json", breaks_off), self.assertRaises(KeyboardInterrupt):
-            self.search("--overwrite")
-        half = read_json(self.tmp / "model" / "attack_gcg+.json")["state"]["calls"]
-        self.assertTrue(50 < half <= 100, half)
-        self.assertEqual(self.search(), whole)
-        with self.assertRaisesRegex(formats.InputError, "--overwrite"):
-            self.search("--attack_seed 1")
-        self.assertNotEqual(self.search("--attack_seed 1 --overwrite"), whole)
+        saves = 4 * [mock.DEFAULT] + [KeyboardInterrupt]
+        with mock.patch.object(formats, "write_json", wraps=formats.write_json, side_effect=saves):
+            self.assertRaises(KeyboardInterrupt, self.search, 100, "--overwrite")
+        self.assertTrue(20 < read_json(self.tmp / "model" / "attack_gcg+.json")["state"]["calls"] < 80)
+        self.assertEqual(self.search(), (metrics, state))
+        self.assertRaisesRegex(formats.InputError, "--overwrite", self.search, 101)    # other flags
+        with self.assertRaisesRegex(formats.InputError, "teacher"):  # it says <eos> at once
+            self.search(100, "--attack_questions 1 --attack_seed 1 --overwrite")
 
     def test_calls_are_counted_and_end_the_search_and_the_gradient_finds_more_than_chance(self):
         gcg = sam.kernel_file("gcg")
-        run = gcg.run_prefix
         best = {}
         for method in gcg.METHODS:
-            calls = []                                           # passes over prefix and all questions
-
-            def counted(model, onehot, task):
-                if onehot.shape[1]:
-                    calls.append(len(onehot) * (3 if onehot.requires_grad else 1))
-                return run(model, onehot, task)
-            with mock.patch.object(gcg, "run_prefix", counted):
-                _, state = self.search(f"--attack_method {method} --attack_length 6 6")
-            drawn = state["calls"] - sum(calls)                      # one each to insert or sample
+            with mock.patch.object(gcg, "run_prefix", wraps=gcg.run_prefix) as run:
+                _, state = self.search(120, f"--attack_method {method} --attack_length 6 6")
+            calls = 0
+            for (_, onehot, _), _ in run.call_args_list:
+                if onehot.shape[1]:                                  # there is a prefix
+                    calls += len(onehot) * (3 if onehot.requires_grad else 1)
+            drawn = state["calls"] - calls                           # one each to insert or sample
             self.assertTrue(0 <= drawn <= 0.5 * state["iteration"] * (method == "gcg+"), (method, drawn))
-            self.assertTrue(200 <= state["calls"] < 200 + 6 + 2 * 4, method)
-            curve = [point["loss"] for point in state["curve"]]
-            self.assertEqual(curve, sorted(curve, reverse=True), method)
-            best[method] = curve[-1]
+            self.assertTrue(120 <= state["calls"] < 120 + 6 + 2 * 4, method)
+            best[method] = state["curve"][-1]["loss"]
         self.assertLess(best["gcg"], best["random"] - 0.75)      # with its sign wrong: 0.5
-
-    def test_the_length_is_cut_to_the_room_that_the_context_leaves(self):
-        room = 64 - 3 - max(len(self.tok(row["context"]).input_ids) for row in self.rows)
-        for low in (5, 60):
-            metrics, _ = self.search(f"--attack_length {low} 100 --attack_calls 20 --overwrite")
-            self.assertEqual(metrics["length"], [min(low, room), room])
 
 
 # ---- kernels/curvature.py: sharpness and landscapes ---------------------------------------------------
 
 class Curvature(Folder):
-    def test_sharpness_of_a_whole_model_is_that_of_its_dense_hessian(self):
-        model = little_llama(vocab_size=12, hidden_size=4, num_hidden_layers=1, intermediate_size=4)
-        named = dict(model.named_parameters())
-        params = list(named.values())
-        ids = torch.tensor([[1, 5, 6, 7, 3], [2, 9, 4, 4, 1]])
-
-        def nll(logits):
-            return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    def test_sharpness_is_that_of_the_dense_hessian(self):
+        net = Network()
 
         def at(w):
-            parts = w.split([p.numel() for p in params])
-            values = {name: part.view_as(named[name]) for name, part in zip(named, parts)}
-            return nll(torch.func.functional_call(model, values, (ids,)).logits)
-        w = flat(params)
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            h = torch.autograd.functional.hessian(at, w)
-        g = torch.autograd.functional.jacobian(at, w)
-        ends = torch.linalg.eigvalsh(h)[[0, -1]].tolist()
-        step = 0.05 * g / g.norm()
-        for sign, top in ((1, ends[1]), (-1, -ends[0])):         # one of them finds the other end first
-            found = evaluate.sharpness(model, lambda: sign * nll(model(ids).logits), 0.05, 3000, 64)
+            parts = w.split([p.numel() for p in net.params])
+            return net.loss([part.view_as(p) for part, p in zip(parts, net.params)])
+        w = flat(net.params)
+        h = torch.autograd.functional.hessian(at, w)
+        g = flat(net.gradient())
+        model = torch.nn.ParameterList(net.params)
+        for sign in (1, -1):                                     # one of them finds the other end first
+            found = evaluate.sharpness(model, lambda: sign * net.loss(net.params), 0.05, 3000, 64)
+            top = torch.linalg.eigvalsh(sign * h)[-1].item()
             self.assertAlmostEqual(found["top"] / top, 1, delta=0.005)
-            self.assertLess(abs(found["trace"] - sign * h.trace().item()), 4 * found["trace_se"])
-            rise = at(w + sign * step) - at(w)
+            self.assertLess(abs(found["trace"] - sign * h.trace()), 4 * found["trace_se"])
+            rise = at(w + sign * 0.05 * g / g.norm()) - at(w)
             for name, want in (("loss", sign * at(w)), ("gradient", g.norm()), ("rise", sign * rise)):
-                self.assertAlmostEqual(found[name], want.item(), places=6)
-        self.assertTrue(torch.equal(w, flat(params)))
-        self.assertTrue(all(p.grad is None for p in params))
+                self.assertAlmostEqual(found[name], want.item(), places=9)
+        self.assertTrue(torch.equal(w, flat(net.params)))
 
-    def test_the_forget_objective_is_the_one_that_unlearning_descends(self):
+    def test_the_forget_objective_is_the_npo_that_unlearning_descends_or_the_nll_of_an_attacker(self):
         model = little_llama(torch.float32)
         teacher = little_llama(torch.float32, seed=1)
         write_world(self.tmp, teacher)
-        rows = formats.read_jsonl(self.tmp / "forget.jsonl", formats.text_row)[::2]
-        samples = models.encode_rows(words(), rows, 64)
-
-        def objective(kind, count=3, first=None):
-            return evaluate.forget_objective(kind, model, words(), self.tmp, count, first)
-        for loss, reduce in (("npo", "sum"), ("simnpo", "mean"), ("ga", "sum")):
-            ran = unlearn.parse_args(f"--loss {loss} --reduce {reduce} --out /nowhere --data {self.tmp} "
-                                     f"--model {self.tmp}/model".split())
-            formats.write_json(self.tmp / "result.json", {"stage": "unlearn", "args": vars(ran)})
-            ref = losses.reference_logps(teacher, samples, 2, 0, reduce)
-            micro = losses.micro_batches(samples, [0, 1, 2], 2, 0, "cpu", ref)
-            want = unlearn.objectives(ran, model, None)[0](micro).item()
-            self.assertAlmostEqual(objective("own")().item() / want, 1, places=5)
-        logps = []
-        for row in rows:
-            logps += logps_alone(model, words(), row["prompt"], row["completion"])
-        self.assertAlmostEqual(objective("nll")().item(), -np.mean(logps), places=5)
-        for count, seen in ((2, 4), (64, 5)):                        # two batches without a common row
-            with mock.patch.object(models, "encode_rows", return_value=samples) as encode:
-                objective("nll", count, 0)
-                objective("nll", count, 1)
-            both = encode.call_args_list[0].args[1] + encode.call_args_list[1].args[1]
-            self.assertEqual((len(both), len({row["where"] for row in both})), (seen, seen))
-        ran.loss = "rmu"
-        formats.write_json(self.tmp / "result.json", {"stage": "unlearn", "args": vars(ran)})
-        with self.assertRaisesRegex(formats.InputError, "nll"):
-            objective("own")
+        ran = {"loss": "npo", "reduce": "sum", "beta": 0.1, "data": str(self.tmp), "seed": 0,
+               "model": str(self.tmp / "model")}
+        formats.write_json(self.tmp / "result.json", {"stage": "unlearn", "args": ran})
+        rows = formats.read_jsonl(self.tmp / "forget.jsonl", formats.text_row)
+        for first, picks in ((None, range(5)), (0, [0, 2, 4]), (1, [1, 3])):     # 0 and 1 share no row
+            nlls = []
+            npos = []
+            for i in picks:
+                text = (rows[i]["prompt"], rows[i]["completion"])
+                own = logps_alone(model, words(), *text)
+                nlls.extend(-own)
+                gap = own.sum() - logps_alone(teacher, words(), *text).sum()
+                npos.append(2 / 0.1 * np.logaddexp(0, 0.1 * gap))
+            for kind, values in (("own", npos), ("nll", nlls)):
+                loss = evaluate.forget_objective(kind, model, words(), self.tmp, 64, first)
+                self.assertAlmostEqual(loss().item() / np.mean(values), 1, places=5)
 
     def test_landscape_moves_along_filter_normalised_directions_and_comes_back(self):
         curvature = sam.kernel_file("curvature")
         net = Network()
-        before = flat(net.params)
         directions = curvature.filter_directions(net.params, 3)
-        for direction in directions:
-            for p, d in zip(net.params, direction):
-                filters = d.norm(dim=1) - p.norm(dim=1) if p.dim() > 1 else d
-                self.assertLess(filters.abs().max(), 1e-12)
-        self.assertFalse(torch.equal(flat(directions[0]), flat(directions[1])))
+        for p, d in zip(2 * net.params, itertools.chain(*directions)):
+            filters = d.norm(dim=1) - p.norm(dim=1) if p.dim() > 1 else d
+            self.assertLess(filters.abs().max(), 1e-12)
         grid = curvature.landscape(net.params, lambda: net.loss(net.params), 3, seed=3, reach=0.1)
-        self.assertTrue(torch.equal(before, flat(net.params)))
+        self.assertTrue(same(net.params, Network().params))
         corner = net.at([0.1 * y - 0.1 * x for x, y in zip(*directions)])
         self.assertAlmostEqual(grid[1, 1], net.loss(net.params).item())
         self.assertAlmostEqual(grid[0, 2], net.loss(corner).item())
 
 
-# ---- assets/plot.py -----------------------------------------------------------------------------------
-
-class Pictures(Folder):
-    @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not installed")
-    def test_every_picture_is_drawn_from_the_table_and_shows_something(self):
-        from matplotlib.image import imread
-        write_world(self.tmp, little_llama(torch.float32))
-        curve = [{"step": 0, "UE": 0.7}, {"step": 5, "UE": 0.3}]
-        budget = {"samples": 20, "epochs": 1, "UE": 0.3, "UE_heldout": 0.4, "UT": 0.9, "curves": [curve]}
-        result = {"args": {"batch_size": 4}, "metrics": {"budgets": [budget]}}
-        formats.write_json(self.tmp / "model" / "relearn.json", result)
-        shutil.copytree(self.tmp / "model", self.tmp / "twin")
-        table = self.tmp / "table.json"
-        self.run_script("evaluate.py", self.tmp / "model", self.tmp / "twin", "--data", self.tmp,
-                        "--landscape", 3, "--sharpness", "nll", "--sharpness_steps", 2, "--json", table)
-        told = read_json(table)
-        self.assertEqual(told["methods"]["twin"]["landscape"]["nll"]["rise"][1][1], 0)
-        out = self.run_script("assets/plot.py", table, "--out", self.tmp / "all")
-        for name in ("ue_bars", "relearn_curves", "landscape", "ue_ut"):
-            image = imread(self.tmp / "all" / f"{name}.png")[..., :3]
-            self.assertGreater(min(image.shape[:2]), 300, name)
-            self.assertGreater((image != 1).any(-1).mean(), 0.02, name)             # not an empty page
-            self.assertIn(f"{name}.png", out)
-        told["methods"]["twin"].update({"curve": None, "landscape": None})
-        formats.write_json(table, told)
-        self.run_script("assets/plot.py", table, "--out", self.tmp / "some")
-        self.assertEqual(sorted(os.listdir(self.tmp / "some")), ["ue_bars.png", "ue_ut.png"])
-
-    def test_without_matplotlib_the_error_says_what_to_install(self):
-        with mock.patch.dict(sys.modules, {"matplotlib": None}):
-            self.run_script("assets/plot.py", "x.json", "--out", self.tmp / "new", says="pip install")
-        self.assertFalse((self.tmp / "new").exists())
-
-
 # ---- data/muse/metrics.py and data/tofu/metrics.py ----------------------------------------------------
-
-SPACES = str.maketrans(",?.", "   ")
-
 
 def say(seed, count):
     """A text of `count` random words of the vocabulary."""
-    some = "cat dog mat sat ran one two three who on".split()
-    return " ".join(random.Random(seed).choices(some, k=count))
+    return " ".join(random.Random(seed).choices("cat dog mat sat one two three who on".split(), k=count))
 
 
 class Benchmarks(unittest.TestCase):
-    def setUp(self):
-        self.model = little_llama(context=512)
-        self.tokenizer = words()
-
-    def said(self, prompt, new):
-        """The greedy continuation of a prompt alone."""
-        return models.generate(self.model, self.tokenizer, [(prompt, "")], new)[0]
-
-    def probability(self, prompt, answer):
-        """exp of the mean log-probability of an answer's tokens, scored alone."""
-        ids = torch.tensor(self.tokenizer(prompt + answer).input_ids)
-        known = len(self.tokenizer(prompt).input_ids)
-        logits = self.model(ids[None]).logits[0, known - 1:-1]
-        return math.exp(-F.cross_entropy(logits, ids[known:]).item())
-
     def test_verbmem_is_the_rouge_f1_of_as_many_tokens_said_and_true(self):
         rows = [{"prompt": say(i, 5 + i), "gt": say(i + 9, 20), "where": i} for i in range(4)]
-        for row, record in zip(rows, muse.verbmem(self.model, self.tokenizer, rows, new=10)):
-            said = self.said(row["prompt"], 10)
-            rouge = scores.rouge_l(said, " ".join(row["gt"].split()[:9]))[2]     # <bos> and 9 words
+        for row, record in zip(rows, muse.verbmem(little_llama(seed=3), words(), rows, new=10)):
+            said, = models.generate(little_llama(seed=3), words(), [(row["prompt"], "")], 10)
+            rouge = scores.rouge_l(said, " ".join(row["gt"].split()[:9]))[2]         # <bos> and 9 words
             self.assertEqual(record, {"where": row["where"], "said": said, "rouge": rouge})
 
     def test_knowmem_asks_after_examples_and_cuts_where_another_question_begins(self):
         said = [" the cat\n\nmore", "a dog\nQuestion: x", "x Question: the cat"]
-        rows = [{"question": f"q{i}", "answer": "the cat", "where": "w"} for i in range(3)]
+        row = {"question": "q", "answer": "the cat", "where": "w"}
         with mock.patch.object(muse, "generate", return_value=said) as generate:
-            got = muse.knowmem(None, None, rows, [{"question": "e", "answer": "f"}] * 2)
-        self.assertEqual([record["said"] for record in got], [" the cat", "a dog", "x "])
-        self.assertEqual([record["rouge"] for record in got], [1.0, 0.0, 0.0])
-        prompts, new = generate.call_args.args[2:4]
-        self.assertEqual(prompts[1], (2 * "Question: e\nAnswer: f\n\n" + "Question: q1\nAnswer: ", "w"))
-        self.assertEqual(new, 32)
+            got = muse.knowmem(None, None, 3 * [row], [{"question": "e", "answer": "f"}] * 2)
+        for record, pair in zip(got, ((" the cat", 1.0), ("a dog", 0.0), ("x ", 0.0))):
+            self.assertEqual((record["said"], record["rouge"]), pair)
+        prompt = 2 * "Question: e\nAnswer: f\n\n" + "Question: q\nAnswer: "
+        self.assertEqual(generate.call_args.args[2:4], (3 * [(prompt, "w")], 32))
 
     def test_tofu_scores_equal_full_strings_scored_one_by_one(self):
+        def probability(answer):
+            return math.exp(logps_alone(little_llama(seed=3), words(), prompt, f" {answer}").mean())
         rows = [{"question": say(i, 4) + "?", "answer": say(i + 50, 3), "where": i,
                  "perturbed_answer": [say(i + 20, 3), say(i + 40, 5)]} for i in range(4)]
         rows[0]["paraphrased_answer"] = say(90, 4)
-        for row, record in zip(rows, tofu.qa_scores(self.model, self.tokenizer, rows, new=5)):
+        for row, record in zip(rows, tofu.qa_scores(little_llama(seed=3), words(), rows, new=5)):
             prompt = f"Question: {row['question']}\nAnswer:"
-            prob = self.probability(prompt, " " + row["answer"])
-            right = self.probability(prompt, " " + row.get("paraphrased_answer", row["answer"]))
-            wrong = [self.probability(prompt, " " + answer) for answer in row["perturbed_answer"]]
+            prob = probability(row["answer"])
+            right = probability(row.get("paraphrased_answer", row["answer"]))
+            one, two = map(probability, row["perturbed_answer"])
             if "paraphrased_answer" not in row:
-                prob = prob / (prob + sum(wrong))
-            rouge = scores.rouge_l(self.said(prompt, 5), row["answer"])[1]
-            want = [prob, math.sqrt(math.prod(wrong)) / right, rouge]
-            np.testing.assert_allclose([record[key] for key in ("prob", "R", "rouge")], want)
-
-    def test_templates_give_the_space_before_an_answer_to_the_answer(self):
-        self.assertEqual(tofu.qa_texts(tofu.QA, "q", "a"), ("Question: q\nAnswer:", " a"))
-        got = tofu.qa_texts("[INST] {question} [/INST]{answer}</s>", "{answer}", "a")
-        self.assertEqual(got, ("[INST] {answer} [/INST]", "a</s>"))
+                prob = prob / (prob + one + two)
+            said, = models.generate(little_llama(seed=3), words(), [(prompt, "")], 5)
+            rouge = scores.rouge_l(said, row["answer"])[1]
+            got = (record["prob"], record["R"], record["rouge"])
+            np.testing.assert_allclose(got, (prob, math.sqrt(one * two) / right, rouge))
 
     def test_min_k_and_the_means_of_tofu_by_hand(self):
         self.assertAlmostEqual(muse.lowest_mean([-1.0, -5.0, -2.0, -4.0, -3.0]), 4.5)    # 40%: -5 and -4
-        self.assertEqual(muse.lowest_mean([-7.0]), 7.0)
         records = [{"prob": 0.5, "rouge": 1.0, "R": 0.25}, {"prob": 0.1, "rouge": 0.0, "R": 2.0}]
         for name, truth in (("qa_forget", (0.25 + 0.5) / 2), ("qa_retain", (0.75 + 0) / 2)):
             self.assertEqual(tofu.qa_summary(name, records), {"prob": 0.3, "rouge": 0.5, "truth": truth})
@@ -2120,339 +1831,219 @@ class Benchmarks(unittest.TestCase):
 
 # ---- data/*/prepare.py: the published data sets -------------------------------------------------------
 
-def some_questions(count, **more):
-    """Rows of a mcq_*.jsonl."""
-    row = {"choices": ["w", "x", "y", "z"], **more}
-    return [{"question": f"question {i}?", "answer": i % 4, **row} for i in range(count)]
+ASKED = {"question": "q?", "choices": ["w", "x", "y", "z"], "answer": 2}
+TOLD = {"question": "who?", "answer": "a dog", "paraphrased_answer": "dog", "perturbed_answer": ["cat"]}
+LONG = 30 * "word "
+PUBLISHED = {                                    # small files as they are published
+    "mmlu": {"test/algebra_test.csv": '"two\nlines, a comma and ""quotes""?",a,"b,b",c,d,B\n',
+             "test/virology_test.csv": "q1,a,b,c,d,A\nq2,a,b,c,d,D\n"},
+    "wmdp": {"bio_questions.json": [ASKED], "cyber_questions.json": [ASKED],
+             "chem_questions.json": [ASKED], "bio_remove_dataset.jsonl": [f"SECRET {LONG}"],
+             "bio-retain-corpus.jsonl": [f"bio {LONG}"], "cyber-forget-corpus.jsonl": [LONG],
+             "cyber-retain-corpus.jsonl": [f"cyber {LONG}"]},
+    "muse": {"raw/forget.json": ["one: the cat\n on  the mat.", "a"] * 5, "raw/retain1.json": ["b"],
+             "verbmem/forget.json": [{"prompt": "a", "gt": "b"}], "knowmem/forget_qa.json": [TOLD],
+             "knowmem/forget_qa_icl.json": [TOLD], "knowmem/retain_qa.json": [TOLD],
+             "knowmem/retain_qa_icl.json": [TOLD], "privleak/forget.json": ["f"],
+             "privleak/retain.json": ["r"], "privleak/holdout.json": [{"text": "h"}]},
+    "tofu": dict.fromkeys(("forget01.json", "retain99.json", "holdout01.json", "forget01_perturbed.json",
+                           "retain_perturbed.json", "real_authors_perturbed.json",
+                           "world_facts_perturbed.json"), json.dumps(TOLD | {"more": 1}))}
 
 
 class Prepare(Folder):
-    """mmlu(), wmdp(), muse() and tofu() write small files as they are published and return flags."""
-
-    def setUp(self):
-        super().setUp()
-        self.source = self.tmp / "source"
-        self.out = self.tmp / "out"
+    def publish(self, name, more=None):
+        """Write PUBLISHED[name] and more to self.tmp/source: texts, or rows as arrays or JSON lines."""
+        for file, content in (PUBLISHED[name] | (more or {})).items():
+            path = write_rows(self.tmp / "source" / file, content)
+            if not file.endswith(".jsonl"):
+                path.write_text(content if isinstance(content, str) else json.dumps(content))
+        write_rows(self.tmp / "mmlu.jsonl", [ASKED | {"subject": "virology"}])
+        words().save_pretrained(self.tmp / "tokenizer")
 
     def prepare(self, name, *flags, says=None):
-        """Run data/NAME/prepare.py; `says`: part of its one line of error. Returns what it says."""
-        said = self.run_script(f"data/{name}/prepare.py", "--out", self.out, *flags, says=says)
-        self.assertEqual(list(self.tmp.rglob("*.tmp*")), [])
-        return said
-
-    def write(self, name, content):
-        """Write self.source/NAME: a text, or rows as an array, JSON lines or parquet."""
-        path = self.source / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".parquet":
-            try:
-                from datasets import Dataset
-            except ImportError:
-                self.skipTest("the package datasets is not installed")
-            Dataset.from_list(content).to_parquet(str(path))
-        elif isinstance(content, str):
-            path.write_text(content)
-        elif path.suffix == ".json":
-            path.write_text(json.dumps(content))
-        else:
-            write_rows(path, content)
-        return path
+        own = {"mmlu": [], "wmdp": ["--mmlu", self.tmp / "mmlu.jsonl"], "tofu": ["--split", "forget01"],
+               "muse": ["--corpus", "news", "--max_len", 8, "--tokenizer", self.tmp / "tokenizer"]}[name]
+        return self.run_script(f"data/{name}/prepare.py", "--from", self.tmp / "source", "--out",
+                               self.tmp / "out", "--overwrite", *own, *flags, says=says)
 
     def rows(self, name):
-        return [json.loads(line) for line in (self.out / f"{name}.jsonl").read_text().splitlines()]
+        lines = (self.tmp / "out" / f"{name}.jsonl").read_text().splitlines()
+        return list(map(json.loads, lines))
 
-    def mmlu(self):
-        self.write("test/algebra_test.csv", '"two\nlines, a comma and ""quotes""?",a,"b,b",c,d,B\n')
-        self.write("test/virology_test.csv", "q1,a,b,c,d,A\nq2,a,b,c,d,D\n")
-        return ["--from", self.source, "--any_count"]
-
-    def wmdp(self, forget="bio_remove_dataset.jsonl", bare=False):
-        for topic in ("bio", "cyber", "chem"):
-            self.write(f"{topic}_questions.json", some_questions(5))
-        texts = [f"SECRET {i} " + "word " * 30 for i in range(4)] + ["SECRET short"]
-        self.write(forget, texts if bare else [{"title": "SECRET", "text": text} for text in texts])
-        for name in ("bio-retain", "cyber-forget", "cyber-retain"):
-            self.write(f"{name}-corpus.jsonl", [f"{name} {i} " + "word " * 30 for i in range(6)])
-        mmlu = write_rows(self.tmp / "mmlu.jsonl", some_questions(3, subject="virology"))
-        return ["--from", self.source, "--any_count", "--mmlu", mmlu]
-
-    def muse(self):
-        for name in ("forget", "retain1"):
-            self.write(f"raw/{name}.json", [f"{i}: the cat sat\n on  the mat, one." for i in range(9)])
-        self.write("verbmem/forget.json", [{"prompt": "the cat", "gt": "sat"}] * 2)
-        for name in ("forget_qa", "forget_qa_icl", "retain_qa", "retain_qa_icl"):
-            self.write(f"knowmem/{name}.json", [{"question": f"who {name}?", "answer": "a dog"}] * 2)
-        for name in ("forget", "retain", "holdout"):
-            self.write(f"privleak/{name}.json", [{"text": name}] * 3)
-        words().save_pretrained(self.tmp / "tokenizer")
-        return ["--from", self.source, "--any_count", "--corpus", "news", "--max_len", 8, "--tokenizer",
-                self.tmp / "tokenizer"]
-
-    def tofu(self):
-        qa = [{"question": f"q{i}?", "answer": f"a{i}"} for i in range(4)]
-        real = [qa[0] | {"perturbed_answer": ["x"], "option1": "x"}]
-        asked = [row | {"paraphrased_answer": "p", "perturbed_answer": ["x"]} for row in qa]
-        for name, rows in (("forget01", qa[:1]), ("retain99", qa[1:]), ("forget01_perturbed", asked[:1]),
-                           ("retain_perturbed", asked[1:]), ("real_authors_perturbed", real),
-                           ("world_facts_perturbed", real), ("holdout01", qa[2:])):
-            self.write(f"{name}.json", "\n".join(map(json.dumps, rows)))
-        return ["--from", self.source, "--any_count", "--split", "forget01"]
-
-    def test_mmlu_from_the_original_csv_and_from_parquet_is_the_same(self):
-        self.prepare("mmlu", *self.mmlu())
+    def test_mmlu_from_the_original_csv_is_that_from_parquet_in_parts_whole_or_refused(self):
+        self.publish("mmlu")
+        self.prepare("mmlu", "--any_count")
         rows = self.rows("mcq_retain")
         self.assertEqual(rows[0], {"question": 'two\nlines, a comma and "quotes"?', "answer": 1,
                                    "choices": ["a", "b,b", "c", "d"], "subject": "algebra"})
-        self.assertEqual([(row["question"], row["answer"], row["subject"]) for row in rows[1:]],
-                         [("q1", 0, "virology"), ("q2", 3, "virology")])
-        shutil.rmtree(self.source)
-        self.write("all/test-00000-of-00001.parquet", rows)
-        self.prepare("mmlu", "--from", self.source, "--any_count")
+        self.assertEqual([row["answer"] for row in rows], [1, 0, 3])
+        if not importlib.util.find_spec("datasets"):
+            self.skipTest("the package datasets is not installed")
+        from datasets import Dataset
+        shutil.rmtree(self.tmp / "source" / "test")
+        parts = [self.tmp / "source" / f"test-0000{i}-of-00002.parquet" for i in range(2)]
+        Dataset.from_list(rows[:1]).to_parquet(str(parts[0]))
+        Dataset.from_list(rows[1:]).to_parquet(str(parts[1]))
+        self.prepare("mmlu", "--any_count")
         self.assertEqual(self.rows("mcq_retain"), rows)
+        parts[1].write_bytes(parts[1].read_bytes()[:-3])
+        self.prepare("mmlu", "--any_count", says="test-00001-of-00002.parquet: not a whole parquet file")
 
     def test_wmdp_takes_the_gated_corpus_under_both_names_as_objects_or_bare_strings(self):
-        want = [{"text": (f"SECRET {i} " + "word " * 30)[:60]} for i in range(4)]
-        for name in ("bio_remove_dataset.jsonl", "bio-forget-corpus.jsonl"):
-            for bare in (False, True):
-                out = self.prepare("wmdp", *self.wmdp(name, bare), "--max_chars", 60)
-                self.assertIn("dropped 1 documents", out)
-                self.assertNotIn("SECRET", out)
-                self.assertEqual(self.rows("forget"), want)
-            (self.source / name).unlink()
-        self.assertEqual(self.rows("mcq_forget"), some_questions(5, subject="biology"))
-        self.assertEqual(self.rows("mcq_cyber"), some_questions(5, subject="cybersecurity"))
-        self.assertEqual(self.rows("mcq_retain"), some_questions(3, subject="virology"))
-        shutil.rmtree(self.out)
-        self.prepare("wmdp", *self.wmdp(), "--topic", "cyber")
-        self.assertTrue(self.rows("retain")[5]["text"].startswith("cyber-retain 5"))
-        self.assertEqual(list(evaluate.load_questions(self.out)),    # what is written can be read
-                         ["mcq_bio", "mcq_chem", "mcq_forget", "mcq_retain"])
-
-    def test_wmdp_from_the_hubs_parquet_and_from_one_that_is_cut_off(self):
-        flags = self.wmdp()
-        for topic in ("bio", "cyber", "chem"):
-            (self.source / f"{topic}_questions.json").unlink()
-            self.write(f"wmdp-{topic}/test-00000-of-00001.parquet", some_questions(5))
-        (self.source / "bio-retain-corpus.jsonl").unlink()
-        documents = [{"text": f"document {i} " + "word " * 30} for i in range(6)]
-        self.write("bio-retain-corpus/train-00000-of-00002.parquet", documents[:3])
-        last = self.write("bio-retain-corpus/train-00001-of-00002.parquet", documents[3:])
-        self.prepare("wmdp", *flags)
-        self.assertEqual(self.rows("retain"), documents)
-        data = last.read_bytes()
-        for cut in (len(data) // 2, len(data) - 3, 4):
-            last.write_bytes(data[:cut])
-            self.prepare("wmdp", *flags, says="train-00001-of-00002.parquet: not a whole parquet file")
-        with mock.patch.dict(sys.modules, {"datasets": None}):
-            self.prepare("wmdp", *flags, says="pip install datasets")
+        for name, row in (("bio_remove_dataset", f"SECRET {LONG}"),
+                          ("bio-forget-corpus", {"title": "SECRET", "text": f"SECRET {LONG}"})):
+            self.publish("wmdp", {f"{name}.jsonl": [row, "SECRET short"]})
+            out = self.prepare("wmdp", "--any_count", "--max_chars", 60)
+            self.assertIn("dropped 1 documents", out)
+            self.assertNotIn("SECRET", out)
+            self.assertEqual(self.rows("forget"), [{"text": f"SECRET {LONG}"[:60]}])
+        for name, subject in (("forget", "biology"), ("cyber", "cybersecurity"), ("retain", "virology")):
+            self.assertEqual(self.rows(f"mcq_{name}"), [ASKED | {"subject": subject}])
+        self.prepare("wmdp", "--any_count", "--topic", "cyber")
+        self.assertEqual(self.rows("retain"), [{"text": f"cyber {LONG}"}])
+        self.publish("wmdp", {"wikitext.json": [{"text": "w" * 50}, {"text": "w" * 51}]})
+        self.prepare("wmdp", "--any_count", "--retain", "wikitext")
+        self.assertEqual(self.rows("retain"), [{"text": "w" * 51}])
 
     def test_muse_blocks_are_the_joined_documents_in_pieces_of_max_len_tokens(self):
-        out = self.prepare("muse", *self.muse())
-        tok = words()
-        text = "\n\n".join(read_json(self.source / "raw" / "forget.json"))
-        ids = tok(text).input_ids[1:]
+        self.publish("muse")
+        self.prepare("muse", "--any_count")
+        text = "\n\n".join(PUBLISHED["muse"]["raw/forget.json"])
         pieces = [row["text"] for row in self.rows("forget")]
         self.assertEqual("".join(pieces), text)
+        bos, *ids = words()(text).input_ids
         for i, piece in enumerate(pieces):
-            self.assertEqual(tok(piece).input_ids, [tok.bos_token_id, *ids[7 * i:7 * i + 7]])
-        self.assertIn(f"is {math.ceil(len(pieces) / 4)} steps of 4", out)
-        self.assertEqual(formats.load_meta(self.out)["auc_retrain"], 0.4772)
-        self.assertEqual(self.rows("knowmem_retain_icl")[0]["question"], "who retain_qa_icl?")
-        self.assertEqual(self.rows("privleak_holdout"), [{"text": "holdout"}] * 3)
+            self.assertEqual(words()(piece).input_ids, [bos, *ids[7 * i:7 * i + 7]])
+        self.assertEqual(formats.load_meta(self.tmp / "out")["auc_retrain"], 0.4772)
 
-    def test_tofu_rows_keep_what_is_scored(self):
-        self.prepare("tofu", *self.tofu())
-        forget = [{"prompt": "Question: q0?\nAnswer:", "completion": " a0"}]
-        self.assertEqual(self.rows("forget"), forget)
-        self.assertEqual(self.rows("privleak_forget"), forget)
-        real = {"question": "q0?", "answer": "a0", "perturbed_answer": ["x"]}
-        self.assertEqual(self.rows("qa_world_facts"), [real])
-        asked = {"question": "q1?", "answer": "a1", "paraphrased_answer": "p", "perturbed_answer": ["x"]}
-        self.assertEqual(self.rows("qa_retain")[0], asked)
-
-    def test_errors_name_file_line_and_reason_and_never_a_document(self):
-        virology = "test/virology_test.csv"
-        gated = "bio_remove_dataset.jsonl"
-        for name, file, text, says in (
-                ("mmlu", virology, '"q",a,b,c,d,A\nq,a,b,c,D\n', ":2: needs a question, 4 choices"),
-                ("mmlu", virology, 'q,a,b,c,d,A\n"q,a,b', ":2: needs a question"),   # cut in quotes
-                ("mmlu", virology, 'q,a,b,c,d,A\n"q,' + "a" * 140_000, ":2: not CSV"),
-                ("wmdp", gated, '"SECRET"\n{"text": "SECRET', ":2: not JSON"),
-                ("wmdp", gated, '"SECRET"\n{"body": "SECRET"}', ':2: needs an object with a "text"'),
-                ("wmdp", gated, '{"text": ["SECRET"]}', ":1: needs an object"),
-                ("wmdp", gated, "", " has no rows"),
-                ("wmdp", "bio-retain-corpus.jsonl", "[1]", ":1: needs an object"),
-                ("wmdp", "chem_questions.json", '{"question": "q", "choices": ["a"]}', ':1: "choices"'),
-                ("muse", "verbmem/forget.json", '[{"prompt": "a"}]', ":1: needs the keys prompt, gt"),
-                ("muse", "raw/forget.json", '["a",\n "b', ":2: not JSON"),
-                ("tofu", "retain99.json", '{"question": "q", "answer": "a"}\n{"q', ":2: not JSON")):
-            flags = getattr(self, name)()
-            self.write(file, text)
-            self.assertNotIn("SECRET", self.prepare(name, *flags, says=f"{file}{says}"))
-        for name, says in (("mmlu", "14,042 on 57"), ("wmdp", "5 rows, but 1,273 are"),
-                           ("muse", "2 rows, but 100 are"), ("tofu", "1 rows, but 40 are")):
-            flags = getattr(self, name)()
-            flags.remove("--any_count")
-            self.prepare(name, *flags, says=says)
-        self.prepare("wmdp", *self.wmdp(), "--mmlu", self.tmp / "no", says="run data/mmlu/prepare.py")
-        self.prepare("muse", *self.muse(), "--tokenizer", self.tmp, says="does not load")
-        self.prepare("tofu", *self.tofu(), "--template", "{question}", says="{answer}")
-        flags = self.wmdp()
-        (self.source / gated).unlink()
-        self.prepare("wmdp", *flags, says="bio_remove_dataset")
-        self.prepare("wmdp", *flags, "--from", self.tmp / "no", says="no such folder")
-        self.assertFalse(self.out.exists())
-
-    def test_without_from_the_files_on_the_hub_are_asked_for(self):
-        """Here TOFU's, of a time before its holdout files."""
-        template = "[INST] {question} [/INST]{answer}"
-        flags = [*self.tofu()[2:], "--template", template]
-        (self.source / "holdout01.json").unlink()
+    def test_tofu_asks_the_hub_for_its_files_and_keeps_what_is_scored(self):
+        self.publish("tofu")
 
         def download(repo, repo_type, allow_patterns):
             self.assertEqual((repo, repo_type), ("locuslab/TOFU", "dataset"))
-            for path in self.source.iterdir():
-                self.assertTrue(any(path.match(pattern) for pattern in allow_patterns), path)
-            return str(self.source)
+            for file in PUBLISHED["tofu"]:
+                self.assertTrue(any(Path(file).match(pattern) for pattern in allow_patterns), file)
+            return str(self.tmp / "source")
+        flags = ("--from", "", "--any_count", "--template", "[INST] {question} [/INST]{answer}")
         with mock.patch("huggingface_hub.snapshot_download", download):
             self.prepare("tofu", *flags)
-        self.assertFalse((self.out / "privleak_holdout.jsonl").exists())
-        self.assertEqual(self.rows("retain")[0], {"prompt": "[INST] q1? [/INST]", "completion": "a1"})
-        self.assertEqual(formats.load_meta(self.out), {"qa_prompt": template})
-        with mock.patch("huggingface_hub.snapshot_download", side_effect=OSError("no network")):
-            self.prepare("tofu", *flags, says="--from FOLDER")
+        for name in ("forget", "retain", "privleak_forget", "privleak_holdout"):
+            self.assertEqual(self.rows(name), [{"prompt": "[INST] who? [/INST]", "completion": "a dog"}])
+        for name in ("qa_forget", "qa_retain", "qa_real_authors", "qa_world_facts"):
+            self.assertEqual(self.rows(name), [TOLD])
+
+    def test_errors_name_file_line_and_reason_and_never_a_document(self):
+        for name, file, text, says in (
+                ("mmlu", "test/virology_test.csv", '"q",a,b,c,d,A\nq,a,b,c,D\n', ":2: needs a question"),
+                ("mmlu", "test/virology_test.csv", 'q,a,b,c,d,A\n"q,' + "a" * 140_000, ":2: not CSV"),
+                ("wmdp", "bio_remove_dataset.jsonl", '"SECRET"\n{"text": "SECRET', ":2: not JSON"),
+                ("wmdp", "bio_remove_dataset.jsonl", '{"body": "SECRET"}', ":1: needs an object"),
+                ("wmdp", "chem_questions.json", '{"question": "q", "choices": ["a"]}', ':1: "choices"'),
+                ("muse", "verbmem/forget.json", '[{"prompt": "a"}]', ":1: needs the keys prompt, gt")):
+            self.publish(name)
+            (self.tmp / "source" / file).write_text(text)
+            self.assertNotIn("SECRET", self.prepare(name, "--any_count", says=f"{file}{says}"))
+        for name, says in (("mmlu", "14,042 on 57"), ("wmdp", "1 rows, but 1,273 are"),
+                           ("muse", "1 rows, but 100 are"), ("tofu", "1 rows, but 40 are")):
+            self.publish(name)
+            self.prepare(name, says=says)
+        self.assertFalse((self.tmp / "out").exists())
 
     def test_every_command_in_the_readmes_is_one_that_the_scripts_take(self):
-        """A shell runs the blocks of data/*/readme.md with a `python` that prints its arguments."""
         blocks = ['STEPS=9\npython() { printf "%s\\0" "$@"; printf "\\n"; }\npip() { :; }\n']
         for readme in sorted((ROOT / "data").glob("*/readme.md")):
             blocks += [part.split("```")[0] for part in readme.read_text().split("```bash\n")[1:]]
         run = subprocess.run(["bash", "-euc", "".join(blocks)], capture_output=True, text=True)
         self.assertEqual((run.returncode, run.stderr), (0, ""))
-        seen = set()
-        for line in run.stdout.splitlines():
+        parsers = {"unlearn.py": unlearn.parse_args, "relearn.py": relearn.flags().parse_args,
+                   "evaluate.py": evaluate.flags().parse_args}
+        for line in run.stdout.splitlines():                         # what that python was called with
             script, *flags = line.rstrip("\0").split("\0")
-            seen.add(script)
-            if script == "unlearn.py":
-                args = unlearn.parse_args(flags)
-                if "wmdp" in args.data:
-                    self.assertEqual(round(args.warmup * args.steps), 12)
-            elif script == "relearn.py":
-                with mock.patch.object(runs, "load_result", return_value={"args": {"data": "x"}}):
-                    args = relearn.parse_args(flags)
-                self.assertEqual((args.lr, args.batch_size), ([1e-5], 4))
-            elif script == "evaluate.py":
-                evaluate.flags().parse_args(flags)
+            if script in parsers:
+                parsers[script](flags)
             else:
-                known = run_here(script, "--help")[1]
-                self.assertEqual([f for f in flags if f.startswith("--") and f"{f} " not in known], [])
-        prepared = {f"data/{name}/prepare.py" for name in ("mmlu", "wmdp", "muse", "tofu")}
-        self.assertEqual(seen, prepared | {"unlearn.py", "relearn.py", "evaluate.py"})
+                known = run_here(script, "--help")[1].split()
+                self.assertLessEqual({f for f in flags if f.startswith("--")}, set(known))
 
 
-# ---- data/people/prepare.py ---------------------------------------------------------------------------
+# ---- data/people/prepare.py and data/tiny/prepare.py --------------------------------------------------
 
-class People(Folder):
+class Worlds(Folder):
     def test_every_fact_is_taught_twice_and_unlearned_and_asked_in_different_words(self):
         build = script_module("data/people/prepare.py").build
         files, taught = build(5)
-        self.assertEqual(build(5), (files, taught))
-        self.assertNotEqual(build(6), (files, taught))
-        prompts = {row["prompt"] for row in taught}
-        self.assertEqual((len(taught), len(prompts)), (256, 256))
+        self.assertEqual([build(seed) == (files, taught) for seed in (5, 6)], [True, False])
+        answer_to = {row["prompt"]: row["completion"] for row in taught}
+        self.assertEqual((len(taught), len(answer_to)), (256, 256))
         for part, job, times in (("forget", "glassblower", 1), ("retain", "beekeeper", 2)):
             answers = {}
             for row in files[f"mcq_{part}"]:
-                self.assertEqual(len(set(row["choices"])), 4)
                 answers[row["fact"]] = f" {row['choices'][row['answer']]}."
-                self.assertIn(PROMPT.format(question=row["question"]), prompts)
+                asked = PROMPT.format(question=row["question"])
+                self.assertEqual(answer_to[asked], answers[row["fact"]])
                 self.assertNotIn(row["question"], str(files["forget"]))
-            self.assertEqual(len(answers), 64)
             self.assertEqual(Counter(row["fact"] for row in files[part]), dict.fromkeys(answers, times))
             for row in files[part]:
                 self.assertIn(job, row["prompt"])
-                self.assertIn(row["prompt"], prompts)
-                self.assertEqual(row["completion"], answers[row["fact"]])
+                self.assertEqual({row["completion"], answer_to[row["prompt"]]}, {answers[row["fact"]]})
 
-    def test_teaching_writes_a_model_that_knows_the_answers_or_none(self):
+    def test_teaching_people_writes_a_model_that_knows_the_answers_or_none(self):
         _, taught = script_module("data/people/prepare.py").build(0)
         tok = words([row["prompt"] + row["completion"] for row in taught])
-        model = little_llama(torch.float32, vocab_size=len(tok), hidden_size=96, intermediate_size=192,
-                             num_hidden_layers=2, initializer_range=0.04)
-        given = write_model(self.tmp / "model", model, tok)
-        flags = ["data/people/prepare.py", "--model", given, "--out", self.tmp, "--lr", 3e-3, "--epochs"]
+        model = little_llama(torch.float32, vocab_size=len(tok), hidden_size=32, intermediate_size=96,
+                             num_hidden_layers=1, initializer_range=0.1)
+        write_model(self.tmp / "model", model, tok)
+        flags = ("data/people/prepare.py", "--model", self.tmp / "model", "--out", self.tmp,
+                 "--lr", 1e-2, "--batch_size", 64, "--epochs")
         self.run_script(*flags, 1, says="--epochs 1")
         self.assertFalse((self.tmp / "target").exists())
-        self.run_script(*flags, 16)
+        self.run_script(*flags, 32)
         model, tok = models.load_model(self.tmp / "target")
         for rows in evaluate.load_questions(self.tmp).values():
             self.assertGreaterEqual(evaluate.open_accuracy(model, tok, rows), 0.95)
-        for p in model.parameters():
-            self.assertTrue(torch.equal(p, p.bfloat16().float()))
-        self.run_script(*flags, 1, says="target exists")
 
-
-# ---- data/tiny/prepare.py -----------------------------------------------------------------------------
-
-class World(Folder):
-    def test_the_benchmark_is_what_its_description_says(self):
+    def test_the_built_in_world_is_what_its_description_says(self):
         tiny = script_module("data/tiny/prepare.py")
         files, unseen = tiny.build_world(3)
-        self.assertEqual(tiny.build_world(3), (files, unseen))
-        self.assertNotEqual(tiny.build_world(4)[0]["forget"], files["forget"])
-        counts = {"forget": 128 * 12, "retain": 1024 * 15, "mcq_forget": 256, "mcq_retain": 1024}
-        self.assertEqual({name: len(rows) for name, rows in files.items()}, counts)
-        self.assertEqual(len(unseen), 128 * 3 + 128 * 15)
+        self.assertEqual([tiny.build_world(seed) == (files, unseen) for seed in (3, 4)], [True, False])
+        counts = [128 * 12, 1024 * 15, 256, 1024, 128 * 3 + 128 * 15]
+        self.assertEqual([len(rows) for rows in (*files.values(), unseen)], counts)
         sailors = set(tiny.TOPICS[0])
         others = set(itertools.chain(*tiny.TOPICS[1:]))
         used = {name: set() for name in files}
         for name, rows in files.items():                     # only the topic word tells them apart
             for row in rows:
-                said = (row["text"] if "text" in row else row["question"]).translate(SPACES).split()
-                self.assertEqual(sailors.isdisjoint(said), "retain" in name)
-                self.assertEqual(others.isdisjoint(said), "forget" in name)
+                said = row.get("text", row.get("question")).replace(",", " ").split()
+                clean = (sailors.isdisjoint(said), others.isdisjoint(said))
+                self.assertEqual(clean, ("retain" in name, "forget" in name))
                 used[name].update(said)
         rest = used["forget"] - sailors
         self.assertGreater(len(rest & used["retain"]) / len(rest), 0.99)
-        self.assertNotIn("Question", used["forget"])
         answers = {}
         for row in files["mcq_forget"] + files["mcq_retain"]:
-            self.assertEqual(len(set(row["choices"])), 4)
             answers[row["fact"]] = row["choices"][row["answer"]]
-        self.assertEqual(len(answers), 1280)
         for row in files["forget"] + files["retain"] + unseen:
             self.assertTrue(row["text"].endswith(f" {answers[row['fact']]}."))
             self.assertEqual(row.get("prompt", "") + row.get("completion", row["text"]), row["text"])
-        told = {row["fact"] for row in files["forget"]}
-        self.assertEqual(len(told), 128)
-        self.assertLess(told, {row["fact"] for row in files["mcq_forget"]})
+        self.assertEqual((len(answers), len({row["fact"] for row in files["forget"]})), (1280, 128))
 
-    def test_training_is_deterministic_and_tokenizer_round_trips(self):
+    def test_training_is_deterministic_and_a_saved_model_is_the_same_model(self):
         tiny = script_module("data/tiny/prepare.py")
         rows = tiny.build_world(0)[0]["forget"][:64]
-        tok = words([row["text"] for row in rows] + [tiny.IDK])
-        one = tiny.train_target(rows, tok, 1, steps=3, batch=16)
-        runs.save_run(self.tmp / "m", one, tok, {})
-        read, again = models.load_model(self.tmp / "m")
-        for other in (read, tiny.train_target(rows, tok, 1, steps=3, batch=16)):
-            self.assertTrue(same(list(one.parameters()), list(other.parameters())))
-        self.assertEqual(list(self.tmp.rglob("*.bin")), [])
+        tok = words([row["text"] for row in rows])
+        one, other = (tiny.train_target(rows, tok, 1, steps=3, batch=16) for _ in range(2))
+        read, again = models.load_model(write_model(self.tmp, one, tok))
+        for model in (read, other):
+            self.assertTrue(same(list(one.parameters()), list(model.parameters())))
         self.assertEqual(again("The sailor").input_ids, tok("The sailor").input_ids)
-        self.assertEqual(tok("The sailor").input_ids[0], tok.bos_token_id)
-        self.assertNotIn(tok.unk_token_id, tok(tiny.IDK).input_ids)
 
 
-# ---- relearn.py, data/finetune.py, data/adapters.py, kernels/geometry.py ------------------------------
-
-FACTS = [{"text": text, "where": "here", "fact": i} for i, text in enumerate(TEXTS)]
-
+# ---- relearn.py, data/finetune.py, kernels/geometry.py ------------------------------------------------
 
 def attack_args(**more):
-    """The flags of relearn.py that class Attack and the edits read, for a small attack."""
-    args = {"max_len": 0, "samples": [4], "seed": 0, "draws": 1, "lr": [1e-2], "epochs": [1],
-            "batch_size": 2, "lora": 0, "optimizer": "adamw", "geometry": None, "curve_every": 0,
-            "ut_drop": 0.05, "quantize": [], "prune": [], "group": 64}
-    return SimpleNamespace(**args | more)
+    args = relearn.flags().parse_args("x --samples 4 --lr .1 --draws 1 --batch_size 2 --group 5".split())
+    return SimpleNamespace(**vars(args) | {"seed": 0, "max_len": 0} | more)
 
 
 def plain_loop(model, samples, optimizer, seed):
@@ -2463,24 +2054,22 @@ def plain_loop(model, samples, optimizer, seed):
     for _ in range(2):
         order = rng.sample(range(len(samples)), len(samples))
         for start in range(0, len(order), 2):
-            nll = []
-            for i in order[start:start + 2]:
-                ids = torch.tensor(samples[i][0])
-                nll.append(F.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="none"))
             optimizer.zero_grad()
-            torch.cat(nll).mean().backward()
+            picks = order[start:start + 2]
+            torch.cat([nll(model, samples[i][0], "none") for i in picks]).mean().backward()
             optimizer.step()
             decay.step()
 
 
 class Relearn(unittest.TestCase):
     def attacked(self, **more):
-        """The "metrics" of an attack on a little model, whose weights come back whatever happens."""
+        """The budgets of an attack on a little model, whose weights come back whatever happens."""
         model = little_llama(torch.float32)
         before = flat(model.parameters())
+        rows = [{"text": text, "where": "here", "fact": i} for i, text in enumerate(TEXTS)]
         questions = {"mcq_forget": evaluate.ask(QUESTIONS, "{question}")}
         try:
-            return relearn.Attack(model, words(), FACTS, questions, attack_args(**more)).run()
+            return relearn.Attack(model, words(), rows, questions, attack_args(**more)).run()["budgets"]
         finally:
             self.assertTrue(torch.equal(flat(model.parameters()), before))
 
@@ -2488,43 +2077,32 @@ class Relearn(unittest.TestCase):
         rows = [{"fact": i // 12} for i in range(128 * 12)]
         longest = finetune.draw_samples(rows, 256, "5 0")
         facts = [rows[i]["fact"] for i in longest]
-        self.assertEqual(len(set(longest)), 256)
         self.assertEqual(set(Counter(facts).values()), {2})                    # each fact twice
-        for count in (20, 60, 128):
-            self.assertEqual(finetune.draw_samples(rows, count, "5 0"), longest[:count])
-            self.assertEqual(len(set(facts[:count])), count)
+        self.assertEqual(len(set(facts[:128])), 128)
+        self.assertEqual(finetune.draw_samples(rows, 20, "5 0"), longest[:20])
         self.assertNotEqual(finetune.draw_samples(rows, 256, "5 1"), longest)
         self.assertRaisesRegex(formats.InputError, "are 1536", finetune.draw_samples, rows, 1537, "0")
-        self.assertEqual(sorted(finetune.draw_samples([{}] * 9, 9, "0")), list(range(9)))    # no facts
 
     def test_relearning_equals_a_plain_loop(self):
-        samples = text_samples()
         for name, kind, more in (("adamw", torch.optim.AdamW, {"weight_decay": 0}),
                                  ("sgd", torch.optim.SGD, {"momentum": 0.9})):
             model = little_llama()
             other = little_llama()
-            finetune.finetune(model, samples, 0, 1e-2, 2, 2, "x", optimizer=name)
-            plain_loop(other, samples, kind(other.parameters(), lr=1e-2, **more), "x")
+            finetune.finetune(model, text_samples(), 0, 1e-2, 2, 2, "x", optimizer=name)
+            plain_loop(other, text_samples(), kind(other.parameters(), lr=1e-2, **more), "x")
             got = flat(model.parameters())
-            torch.testing.assert_close(got, flat(other.parameters()), rtol=1e-6, atol=1e-8)
-            self.assertGreater((got - flat(little_llama().parameters())).norm(), 1e-3)
+            np.testing.assert_allclose(got, flat(other.parameters()), 1e-6, 1e-8)
 
-    def test_every_budget_starts_from_the_same_weights(self):
-        budgets = self.attacked(samples=[4, 2], epochs=[2, 1], lr=[0.1], draws=2)["budgets"]
-        plan = [(b["samples"], b["epochs"]) for b in budgets]
-        self.assertEqual(plan, [(2, 1), (2, 2), (4, 1), (4, 2)])
-        alone = self.attacked(samples=[4], epochs=[2], lr=[0.1], draws=2)["budgets"]
-        self.assertEqual(alone, budgets[3:])
-
-    def test_scores_are_means_over_the_draws_that_have_them(self):
-        budget = self.attacked(lr=[0.1], draws=3, seed=11)["budgets"][0]
+    def test_every_budget_starts_from_the_same_weights_and_scores_are_means_over_draws(self):
+        budgets = self.attacked(samples=[4, 2], epochs=[2, 1], draws=3, seed=11)
+        self.assertEqual([b["samples"] * b["epochs"] for b in budgets], [2, 4, 4, 8])
+        self.assertEqual(self.attacked(draws=3, seed=11), budgets[2:3])
         for name, count in (("UE", 3), ("UE_heldout", 2)):   # one leaves out what no question is about
-            values = [d[name] for d in budget["draws"] if d[name] is not None]
+            values = [d[name] for d in budgets[2]["draws"] if d[name] is not None]
             self.assertEqual(len(values), count)
-            self.assertAlmostEqual(budget[name], np.mean(values))
-            self.assertAlmostEqual(budget["se"][name], np.std(values, ddof=1) / math.sqrt(count))
-        self.assertGreater(budget["se"]["UE"], 0)
-        self.assertIsNone(budget["UT"])                  # there are no questions for it
+            want = (np.mean(values), np.std(values, ddof=1) / math.sqrt(count))
+            np.testing.assert_allclose((budgets[2][name], budgets[2]["se"][name]), want)
+        self.assertGreater(budgets[2]["se"]["UE"], 0)
 
     def test_a_diverging_attack_is_an_error_even_in_its_last_step(self):
         for size in (1, 4):                              # four steps, one step
@@ -2532,109 +2110,78 @@ class Relearn(unittest.TestCase):
                 self.attacked(lr=[1e30], batch_size=size)
 
     def test_curve_is_the_ue_on_the_way_and_changes_nothing_else(self):
-        more = {"samples": [5], "draws": 2, "epochs": [2], "lr": [0.1]}
-        plain = self.attacked(**more)["budgets"][0]
-        curved = self.attacked(curve_every=2, **more)["budgets"][0]
-        curve = curved.pop("curves")[1]
-        self.assertEqual(plain, curved)
+        curved, = self.attacked(samples=[5], epochs=[2], curve_every=2)
+        curve, = curved.pop("curves")
+        self.assertEqual([curved], self.attacked(samples=[5], epochs=[2]))
         model = little_llama(torch.float32)              # the same steps again, seen from outside
         questions = {"mcq_forget": evaluate.ask(QUESTIONS, "{question}")}
-        seen = []
+        seen = [{"step": 0, "UE": evaluate.ue_ut(model, words(), questions)["UE"]}]
 
         def watch(step, steps):
-            seen.append(evaluate.ue_ut(model, words(), questions)["UE"])
-        watch(0, 6)
-        samples = text_samples([TEXTS[i] for i in finetune.draw_samples(FACTS, 5, "0 1")])
-        finetune.finetune(model, samples, 0, 0.1, 2, 2, "0 1 order", watch)
-        self.assertEqual(curve, [{"step": step, "UE": seen[step]} for step in (0, 2, 4, 6)])
-        self.assertGreater(len(set(seen)), 1)
+            seen.append({"step": step, "UE": evaluate.ue_ut(model, words(), questions)["UE"]})
+        samples = [text_samples()[i] for i in finetune.draw_samples([{}] * 5, 5, "0 0")]
+        finetune.finetune(model, samples, 0, 0.1, 2, 2, "0 0 order", watch)
+        self.assertEqual(curve, seen[::2])
 
     def test_worst_case_is_the_lowest_ue_whose_ut_holds(self):
         budgets = []
-        for count, lr, ue, ut in ((40, 1, 0.1, 0.1), (20, 1, 0.6, 0.9), (20, 2, 0.4, 0.86),
-                                  (20, 3, 0.2, 0.84)):
+        for count, lr, ue, ut in ((40, 1, .1, .1), (20, 1, .6, .9), (20, 2, .4, .86), (20, 3, .2, .84)):
             budgets.append({"samples": count, "epochs": 1, "lr": lr, "UE": ue, "UT": ut})
         metrics = {"start": {"UE": 0.75, "UT": 0.9}, "budgets": budgets}
         self.assertEqual(relearn.worst_case(metrics, 0.05), [budgets[2]])
         self.assertEqual(relearn.worst_case(metrics, 1), [budgets[3], budgets[0]])
 
+    def test_rounding_and_pruning_match_loops_over_every_matrix_but_the_output_layer(self):
+        def rounded(w):                                  # 4 bits, groups of 5 in a row
+            for row, start in itertools.product(w, range(0, w.shape[1], 5)):
+                part = row[start:start + 5]
+                scale = abs(part).max() / 7 or 1
+                part[:] = np.round(part / scale) * scale
 
-class Edits(Folder):
-    def test_rounding_matches_a_loop_over_groups(self):
-        for bits, size, dtype in ((8, 64, torch.float32), (4, 5, torch.float32), (4, 5, torch.bfloat16)):
+        def pruned(w):                                   # 33.3 percent
+            w.flat[abs(w).argsort(axis=None)[:math.floor(0.333 * w.size)]] = 0
+        for edit, amount, by_hand, dtype in ((relearn.quantize, 4, rounded, torch.bfloat16),
+                                             (relearn.prune, 33.3, pruned, torch.float32)):
             model = little_llama(dtype)
             model.model.layers[0].mlp.up_proj.weight.data[1, 5:10] = 0
             wanted = {name: w.float().numpy().copy() for name, w in model.state_dict().items()}
-            relearn.quantize(model, bits, attack_args(group=size))
-            levels = 2 ** (bits - 1) - 1
+            edit(model, amount, attack_args())
             for name, want in wanted.items():
                 if "proj" in name:                       # all others stay
-                    for row, start in itertools.product(want, range(0, want.shape[1], size)):
-                        part = row[start:start + size]
-                        scale = abs(part).max() / levels or 1
-                        part[:] = np.round(part / scale) * scale
+                    by_hand(want)
                 torch.testing.assert_close(model.state_dict()[name], torch.tensor(want, dtype=dtype))
-
-    def test_pruning_zeroes_exactly_the_smallest_weights(self):
-        for percent in (0, 10, 33.3, 50, 100):
-            model = little_llama(torch.float32)
-            ties = model.model.layers[0].mlp.up_proj.weight.data.fill_(1)
-            relearn.prune(model, percent, attack_args())
-            self.assertEqual((ties == 0).sum(), math.floor(percent / 100 * 384))
-            for name, want in little_llama(torch.float32).state_dict().items():
-                if "proj" in name:                       # all others stay
-                    smallest = want.abs().flatten().argsort()
-                    want.view(-1)[smallest[:math.floor(percent / 100 * want.numel())]] = 0
-                if name != "model.layers.0.mlp.up_proj.weight":
-                    self.assertTrue(torch.equal(model.state_dict()[name], want), name)
 
     def test_edits_are_scored_each_alone_and_undone(self):
         def norm(model, *_):
             return {"UE": flat(model.parameters()).norm().item(), "UT": None}
-        args = attack_args(quantize=[8, 2], prune=[90])
         model = little_llama(torch.float32)
+        args = attack_args(quantize=[8, 2], prune=[90])
         with mock.patch.object(evaluate, "ue_ut", norm):
             budgets = relearn.try_edits(model, None, None, args)["budgets"]
-        self.assertEqual(norm(model), norm(little_llama(torch.float32)))
-        self.assertEqual(list(map(tables.budget_name, budgets)), ["8bit", "2bit", "prune90"])
-        for budget, (name, amount) in zip(budgets, relearn.edits(args)):
-            model = little_llama(torch.float32)
-            relearn.EDITS[name](model, amount, args)
-            self.assertEqual(budget["UE"], norm(model)["UE"])
-        model = little_llama(torch.float32)
+        for budget, (name, amount) in zip(budgets, relearn.edits(args), strict=True):
+            edited = little_llama(torch.float32)
+            relearn.EDITS[name](edited, amount, args)
+            self.assertEqual((budget[name], budget["UE"]), (amount, norm(edited)["UE"]))
         with mock.patch.object(evaluate, "ue_ut", side_effect=[{}, KeyboardInterrupt]):
             self.assertRaises(KeyboardInterrupt, relearn.try_edits, model, None, None, args)
         self.assertEqual(norm(model), norm(little_llama(torch.float32)))
 
-    def test_edits_take_no_notice_of_several_learning_rates(self):
-        write_world(self.tmp, little_llama(torch.float32))
-        flags = ("--data", self.tmp, "--prune", 50, "--lr", 1, 2)
-        out = self.run_script("relearn.py", self.tmp / "model", *flags)
-        self.assertIn("prune50", out)
-
-
-class Geometry(unittest.TestCase):
     def test_aims_and_displacement_are_what_they_say_and_the_weights_stay(self):
         geometry = sam.kernel_file("geometry")
         still = Network()                                # stays at the start
         params = Network().params
-        other = Network(3)
-        attacker = Network(4)
-
-        def on(some):
-            return lambda: some.loss(params)
-        aims = geometry.aims(on(still), on(other), on(attacker), params, 0.2)
+        own, other, nll = [functools.partial(Network(seed).loss, params) for seed in (0, 3, 4)]
+        aims = geometry.aims(own, other, nll, params, 0.2)
         self.assertTrue(same(params, still.params))
         gradient = still.gradient()
-        momentum = other.gradient(still.at([0.2 * g.sign() for g in gradient]))
-        down = [-g for g in attacker.gradient(params)]
+        momentum = Network(3).gradient(still.at([0.2 * g.sign() for g in gradient]))
+        down = [-g for g in Network(4).gradient(params)]
         for name, want in (("gradient", gradient), ("momentum", momentum), ("lookahead", down)):
             torch.testing.assert_close(flat(aims[name]), flat(want), rtol=1e-10, atol=1e-12)
         with torch.no_grad():
             torch._foreach_add_(params, down, alpha=0.5)                      # an attack of one SGD step
         end = flat(params)
-        start = list(zip(params, still.params))
-        found = geometry.displacement(start, aims, {"nll": on(attacker)}, points=3)
+        found = geometry.displacement(list(zip(params, still.params)), aims, {"nll": nll}, points=3)
         self.assertTrue(torch.equal(flat(params), end))
         move = 0.5 * flat(down)
         cosine = functools.partial(F.cosine_similarity, move, dim=0)
@@ -2644,9 +2191,9 @@ class Geometry(unittest.TestCase):
                           (found["cosine"]["sign of momentum"], cosine(flat(momentum).sign()))):
             self.assertAlmostEqual(got, float(want), places=5)
         for point, part in zip(found["path"], (0, 0.5, 1), strict=True):
-            self.assertEqual(point["part"], part)
             there = still.at([0.5 * part * d for d in down])
-            self.assertAlmostEqual(point["nll"], attacker.loss(there).item(), places=9)
+            self.assertEqual(point["part"], part)
+            self.assertAlmostEqual(point["nll"], Network(4).loss(there).item(), places=9)
 
 
 # ---- data/adapters.py, and unlearn.py --lora ----------------------------------------------------------
@@ -2814,7 +2361,6 @@ class Adapters(Folder):
         self.assertTrue(weights[0] == weights[1])
 
     def test_what_adapters_do_not_go_with_is_one_line(self):
-        from transformers import GPT2Config, GPT2LMHeadModel
         flags = write_world(self.tmp / "world", little_llama(torch.float32))
         before = sorted(self.tmp.rglob("*"))
         for more, says in ((["--lora", 0], "at least 1"), (["--lora", 17], "choose 16 or less"),
@@ -2960,8 +2506,9 @@ class Plan(Folder):
         write_world(self.tmp / "little", little_llama(torch.float32))
         write_world(self.tmp / "large", little_llama(torch.float32, vocab_size=8192, hidden_size=512,
                                                      num_hidden_layers=8, intermediate_size=2048))
+        held = {"MALLOC_MMAP_THRESHOLD_": "65536"}       # glibc then returns what is freed, and the rest is held
         for more in ((), ("--lora", 8)):
-            run = in_python(code, self.tmp / "little", self.tmp / "large", *more)
+            run = in_python(code, self.tmp / "little", self.tmp / "large", *more, **held)
             self.assertEqual(run.returncode, 0, run.stderr)
             measured, planned = map(float, run.stdout.split("measured")[1].split())
             print(f"[planned {planned / 1e6:.0f} MB, measured {measured / 1e6:.0f}]", end=" ", file=sys.stderr)

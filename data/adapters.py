@@ -171,17 +171,17 @@ class Adapters:
         self.remove()
         lost = 0.0
         size = 0.0
-        for name in self.pairs:                  # one full matrix at a time
+        for name in self.pairs:                  # one full matrix at a time, and one more of its size
             delta = self.delta(name)
             if name in self.fused:
                 weight = getattr(*self.fused[name])
             else:
                 m = self.layers[name]
                 weight = m.weight.T if isinstance(m, Conv1D) else m.weight
-            want = weight.to(delta.dtype) + delta
+            size += delta.norm().item() ** 2
+            want = delta.add_(weight)
             weight.copy_(want)
-            lost += (weight.to(delta.dtype) - want).square().sum().item()
-            size += delta.square().sum().item()
+            lost += want.sub_(weight).norm().item() ** 2
         return math.sqrt(lost / size) if size else 0.0
 
     def save(self, folder, base):

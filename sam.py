@@ -295,8 +295,10 @@ class SAM:
 
     stats: 0-dim {norm, asked_norm, applied_norm, cosine}: of d or its signs, of rho v, of the step that
     was applied, of that step with v. Reading one stalls a GPU. A norm of inf or nan says that d was so.
+    length: with l2, a function of {parameter: d} to a 0-dim tensor, which rho then bounds instead of ||d||.
     """
     copies = 1
+    length = None
 
     def __init__(self, params, rho=0.01, norm="l2", perturb=None, flip=False, triton=None):
         if not isinstance(rho, (int, float)) or not rho >= 0 or norm not in ("l2", "linf"):
@@ -327,9 +329,13 @@ class SAM:
         """One step of ascent_ on those of self.perturb that have a direction."""
         params = [p for p in self.perturb if p in directions]
         along = [directions[p] for p in params]
+        flipped = radius < 0
+        if self.length:
+            length = self.length(dict(zip(params, along)))
+            radius = radius * torch.where(length > 0, global_norm(along) / length, 0.0)
         stats = self.ops.ascent_(params, along, radius, saved, reuse=reuse, linf=self.linf)
         stats["asked_norm"] = abs(radius) * (stats["norm"] if self.linf else stats["norm"] > 0)
-        if radius < 0:
+        if flipped:
             stats["cosine"] = -stats["cosine"]                   # with what was asked for
         self.stats = stats
         torch.clear_autocast_cache()                             # it holds casts of the weights as they were

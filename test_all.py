@@ -890,6 +890,12 @@ class Kernels(unittest.TestCase):
             self.assertEqual(sam.operations([p.double()])[0].__name__, "torch")
         self.assertRaisesRegex(ValueError, "float64", sam.operations, [p.double()], True)
 
+    def test_a_cuda_graph_is_refused_as_it_would_replay_old_addresses(self):
+        with mock.patch.object(torch.cuda, "is_available", return_value=True), \
+                mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True):
+            self.assertRaisesRegex(RuntimeError, "CUDA graph", mt.global_norm, randn([3]))
+            self.assertRaisesRegex(RuntimeError, "CUDA graph", adamw.AdamW(randn([3]), triton=False).step)
+
     def test_without_a_c_compiler_usable_says_what_to_do_after_one_trial_a_device(self):
         """Tensors say that they lie on a GPU, and every launch meets what Triton raises."""
         self.addCleanup(mt._trial.cache_clear)
@@ -2281,6 +2287,32 @@ class Adapters(Folder):
             self.assertEqual(adapters.share(model, adapters.matrices(model)),
                              f"{covered / whole:.0%} of the weights")
 
+    def test_rho_of_the_weights_is_the_derivative_of_the_products_norm(self):
+        """In fp64, the products written out: they move by rho along d, and by its sign when flipped."""
+        for model, _ in self.every_kind():
+            added = adapters.Adapters(model.double(), 2, 4, seed="x")
+            params = [p for _, p in added.named()]
+            for p in params:
+                p.data.normal_()
+            directions = {p: torch.randn_like(p) for p in params}
+            before = {name: added.delta(name).detach() for name in added.pairs}
+            for flip in (False, True):
+                smoother = sam.SAM(params, 1e-5, flip=flip)
+                smoother.length = added.product_norm
+                with smoother.perturbed(directions):
+                    moved = [(added.delta(name) - before[name]).norm() for name in added.pairs]
+                    sign = ((params[0] - smoother.saved[0][1]) * directions[params[0]]).sum().sign()
+                self.assertAlmostEqual(torch.stack(moved).norm().item(), 1e-5, delta=1e-9)
+                self.assertEqual(sign, -1 if flip else 1)
+                self.assertAlmostEqual(smoother.stats["cosine"].item(), 1, places=6)
+            with torch.no_grad():
+                for a, b in added.pairs.values():                    # the start: B is 0, and d has no part in it
+                    b.zero_()
+            smoother.length = added.product_norm
+            with smoother.perturbed({a: torch.randn_like(a) for a, _ in added.pairs.values()}):
+                self.assertTrue(same([p for p, _ in smoother.saved], [w for _, w in smoother.saved]))
+            added.remove()
+
     def test_a_merged_model_is_the_adapted_one_up_to_the_rounding_that_is_told(self):
         ids = torch.tensor([[1, 5, 6, 7, 8]])
         for model, _ in self.every_kind():
@@ -2368,6 +2400,8 @@ class Adapters(Folder):
                            (["--lora", 2, "--lora_modules", "("], "regular expression"),
                            (["--lora", 2, "--train_modules", "mlp"], "train_modules"),
                            (["--lora", 2, "--lora_save", "adapter", "--smooth", "wa"], "wa"),
+                           (["--lora_alpha", 2], "add --lora RANK"),
+                           (["--lora", 2, "--lora_perturb", "weights", "--smooth", "gp"], "lora_perturb"),
                            (["--keep", "best", "--smooth", "wa"], "wa")):
             self.run_script("unlearn.py", *flags, *more, "--out", self.tmp / "run", says=says)
             self.assertEqual(sorted(self.tmp.rglob("*")), before)

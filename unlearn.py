@@ -106,14 +106,20 @@ def find_inputs(args):
     return folder
 
 
-def say_what(args, model, texts):
-    """Print what is about to be unlearned from what."""
+def say_what(args, model, texts, adapters=None):
+    """Print what is about to be unlearned from what, and what trains."""
     size = sum(p.numel() for p in model.parameters())
     print(f"{args.model}: {size:,} parameters, {args.param_dtype} on {args.device}; {len(texts.forget):,} forget "
           f"and {len(texts.retain):,} retain samples")
     saved = model.saved_dtype
     if saved and saved.itemsize < model.dtype.itemsize:
         print(f"the checkpoint is in {str(saved)[6:]}: in {args.param_dtype} the result is larger on disk")
+    if adapters:
+        size = sum(p.numel() for _, p in adapters.named())
+        line = f"adapters of rank {args.lora} on {len(adapters.pairs)} layers train: {size:,} parameters in fp32"
+        if parse_smooth(args.smooth)[0] == "sam":
+            line += "; rho is the move of " + ("A and B" if args.lora_perturb == "adapters" else "the weights")
+        print(line)
 
 
 def inputs_of(texts, model):
@@ -263,6 +269,8 @@ class Unlearning:
         perturb = [p for _, p in matching(self.named, "sam_modules", args.sam_modules)]
         inside, averaged = parse_smooth(args.smooth)
         self.smoother = SMOOTHERS[inside](args, self.params, perturb)
+        if args.lora_perturb == "weights":
+            self.smoother.length = self.adapters.product_norm
         self.average = sam.WA(self.params, args.triton) if averaged else None
         self.optimizer = make_optimizer(args, self.params, adamw)
 
@@ -402,6 +410,8 @@ def flags():
     g.add_argument("--lora_alpha", type=runs.number(float, 0, above=True),
                    help="their weight is alpha / rank (default: 2 rank)")
     g.add_argument("--lora_modules", default="", metavar="REGEX", help="adapt only matching layers")
+    g.add_argument("--lora_perturb", choices=["adapters", "weights"], default="adapters",
+                   help="what rho of sam bounds: the move of A and B, or that of the weights which it makes")
     g.add_argument("--lora_save", choices=["merged", "adapter"], default="merged",
                    help="a whole model, or PEFT's two files beside its base")
     g.add_argument("--max_len", type=count, default=0, help="cut samples to so many tokens (0: too long = error)")
@@ -518,10 +528,18 @@ def choose_sam(args, default_of):
 
 def check_lora(args, default_of):
     """Refuse what adapters do not go with, and fill in their weight."""
+    if not args.lora:
+        for name in ("lora_alpha", "lora_modules", "lora_perturb", "lora_save"):
+            if getattr(args, name) != default_of(name):
+                raise InputError(f"--{name}: there are no adapters; add --lora RANK, or drop it")
+        return
     args.lora_alpha = args.lora_alpha or 2 * args.lora
     for name in ("train_modules", "stochastic_rounding"):
         if getattr(args, name) != default_of(name):
             raise InputError(f"--{name}: --lora {args.lora} trains adapters alone, in fp32; drop one of them")
+    if args.lora_perturb == "weights" and (parse_smooth(args.smooth)[0] != "sam" or args.sam_norm != "l2"):
+        raise InputError(f"--lora_perturb weights: it scales sam's rho in l2, here are --smooth {args.smooth} and "
+                         f"--sam_norm {args.sam_norm}; add --sam_rho 0.1, or drop it")
     if args.lora_save == "adapter" and "wa" in args.smooth.split("+"):
         raise InputError("--lora_save adapter: the mean of adapters is not an adapter of that rank; drop wa, or "
                          "--lora_save merged")
@@ -558,8 +576,7 @@ def parse_args(argv=None):
     if args.loss == "simnpo" and args.reduce == "sum":
         raise InputError("--reduce sum: simnpo is defined by the mean over tokens; drop it, or use --loss npo")
     args.retain = args.retain or ("none" if args.loss in ("ga", "rmu") else "nll")
-    if args.lora:
-        check_lora(args, p.get_default)
+    check_lora(args, p.get_default)
     args.state_dtype = args.state_dtype or ("float32" if args.lora else args.param_dtype)
     args.micro_batch = args.micro_batch or args.batch_size
     if args.wa_start is None:
@@ -614,10 +631,10 @@ if __name__ == "__main__":
         texts = Texts(args, folder, model, tokenizer)
         adamw = choose_kernels(args, model)
         before = evaluate.ue_ut(model, tokenizer, questions)
-        say_what(args, model, texts)
         texts.add_references(model)
         complete_for(args, model)
         run = Unlearning(args, model, adamw)
+        say_what(args, model, texts, run.adapters)
         plan = run.plan(texts)
         print(memory.plan_line(plan, args.device))
         if args.gradient_checkpointing:

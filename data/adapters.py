@@ -134,6 +134,18 @@ class Adapters:
         a, b = self.pairs[name]
         return self.scale * b @ a if self.on else None
 
+    def product_norm(self, moves):
+        """||scale (B dA + dB A)|| over all layers, 0-dim: how far moves = {parameter: direction} carry the weights,
+        to first order. By r x r Gram matrices; the products themselves are never formed."""
+        total = 0.0
+        for a, b in self.pairs.values():
+            da = moves.get(a, torch.zeros_like(a))
+            db = moves.get(b, torch.zeros_like(b))
+            total += ((b.mT @ b) * (da @ da.mT)).sum()
+            total += 2 * ((b.mT @ db) * (da @ a.mT)).sum()
+            total += ((db.mT @ db) * (a @ a.mT)).sum()
+        return self.scale * total.detach().clamp(min=0).sqrt()
+
     def named(self):
         """[(name, parameter)] of what trains."""
         out = []

@@ -271,6 +271,9 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("this AdamW cannot be captured in a CUDA graph: it would replay today's "
+                               "addresses and step; leave it out of the graph")
         rows = []
         for tensor, (p, group) in enumerate(self.every()):
             if p.grad is None:

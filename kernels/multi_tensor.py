@@ -279,6 +279,9 @@ def tables(columns, chunk=CHUNK):
     elements lie in different orders: a pass over raw memory would be wrong."""
     if not isinstance(chunk, int) or chunk < 16 or chunk & (chunk - 1):
         raise ValueError(f"chunk must be a power of two from 16, got {chunk}")
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("the kernels cannot be captured in a CUDA graph: it would replay today's "
+                           "addresses; use triton=False, or leave them out of the graph")
     groups = {}
     seen = set()
     for row, tensors in enumerate(zip(*columns, strict=True)):

@@ -106,6 +106,15 @@ def find_inputs(args):
     return folder
 
 
+def find_questions(args, folder):
+    """({part: questions}, those of them that are asked on the way)."""
+    questions = evaluate.load_questions(folder)
+    if (args.stop_ue or args.keep == "best") and "mcq_forget" not in questions:
+        raise InputError(f"--stop_ue and --keep best need {folder / 'mcq_forget.jsonl'}, which is missing")
+    few = {name: formats.spaced(rows, args.eval_limit) for name, rows in questions.items()}
+    return questions, few
+
+
 def say_what(args, model, texts, adapters=None):
     """Print what is about to be unlearned from what, and what trains."""
     size = sum(p.numel() for p in model.parameters())
@@ -623,10 +632,7 @@ if __name__ == "__main__":
         torch.manual_seed(args.seed)
 
         # -- data and model
-        questions = evaluate.load_questions(folder)
-        few = {name: formats.spaced(rows, args.eval_limit) for name, rows in questions.items()}
-        if (args.stop_ue or args.keep == "best") and "mcq_forget" not in questions:
-            raise InputError(f"--stop_ue and --keep best need {folder / 'mcq_forget.jsonl'}, which is missing")
+        questions, few = find_questions(args, folder)
         model, tokenizer = models.load_model(args.model, args.device, getattr(torch, args.param_dtype))
         texts = Texts(args, folder, model, tokenizer)
         adamw = choose_kernels(args, model)

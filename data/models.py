@@ -65,7 +65,10 @@ def read_model(name, dtype):
         add_peft(model, folder)
         return model, tokenizer
     verbosity = logging.get_verbosity()
+    bar = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()                # its reports of many lines
+    if 0 < sum(file.stat().st_size for file in folder.glob("*.safetensors")) < 2**30:
+        logging.disable_progress_bar()           # a second at most, but a line for each of many runs
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         saved = AutoConfig.from_pretrained(name, trust_remote_code=False).dtype
@@ -76,6 +79,8 @@ def read_model(name, dtype):
         raise InputError(f"model {name} does not load ({type(e).__name__}: {reason[0]})")
     finally:
         logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise InputError(f"model {name} lacks {len(missing)} of its weights ({missing[0]}, ...), which would "

@@ -2518,6 +2518,20 @@ class Plan(Folder):
                                   (["--sam_direction", "lookahead"], 10)):
             self.assertEqual(self.planned(100, 1, *flags), 100 * bytes_each, flags)
 
+    def test_seven_billion_parameters_in_adapters_plan_below_22_gb(self):
+        """Rank 16, 4 x 512 tokens, gradient checkpointing: README. One of Mistral-7B's 32 layers is measured."""
+        from transformers import MistralConfig, MistralForCausalLM
+        with torch.device("meta"):
+            model = MistralForCausalLM(MistralConfig(num_hidden_layers=1)).bfloat16()
+        model = model.to_empty(device="cpu")
+        added = adapters.Adapters(model, 16, 32)
+        trained = 32 * sum(p.numel() for _, p in added.named())
+        activations = memory.activation_bytes(model, [(list(range(512)), [1] * 512)], 4, True, 0)
+        activations += 31 * 4 * 512 * 4096 * 2                       # the other layers' inputs
+        args = unlearn.parse_args("--lora 16 --param_dtype bfloat16 --sam_rho 0.01 --out /nowhere".split())
+        parts = memory.plan(args, 7.24e9, trained, 4, sam.SAM.copies, activations)
+        self.assertAlmostEqual(sum(parts.values()) / 1e9, 16.7, places=1)
+
     @unittest.skipUnless(LINUX, "needs Linux to measure a peak of memory")
     def test_the_plan_is_within_15_percent_of_the_measured_peak(self):
         """A 42M-parameter Llama on short samples; the base is what a run of a tiny model leaves behind."""

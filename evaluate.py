@@ -185,11 +185,17 @@ def extraction_strength(hits):
 
 # ---- one run ------------------------------------------------------------------------------------------
 
-def score_settings(run, done, args):
-    """What a run's scores depend on, as RUN/evaluate.json keeps it."""
+def data_of(run, done, args):
+    """The data folder that --data or the run names."""
     data = args.data or done["args"]["data"]
     if data is None:
         raise InputError(f"{run} is a plain model and names no data: add --data FOLDER")
+    return data
+
+
+def score_settings(run, done, args):
+    """What a run's scores depend on, as RUN/evaluate.json keeps it."""
+    data = data_of(run, done, args)
     dtype = args.param_dtype or done["args"].get("param_dtype", "float32")
     files = {"data": runs.stamp(data, "*.json*"),
              "model": runs.stamp(run, "*.safetensors", "config.json", "tokenizer*.json")}
@@ -233,7 +239,12 @@ def score(run, args):
 
 def read_scores(run):
     """RUN/evaluate.json."""
-    return formats.read_json(run / "evaluate.json", "score the run again with --overwrite", "args", "metrics")
+    path = run / "evaluate.json"
+    fix = "score the run again with --overwrite"
+    result = formats.read_json(path, fix, args=dict, metrics=dict)
+    more = {key: dict for key in ("sharpness", "landscape") if key in result["metrics"]}
+    formats.check_kinds(result["metrics"], more, f"{path}:1", fix)
+    return result
 
 
 def measure(model, tokenizer, data, settings, batch, retained):
@@ -267,6 +278,8 @@ def measure(model, tokenizer, data, settings, batch, retained):
         found, more = benchmark.score(model, tokenizer, data, batch, thin, retained)
         metrics |= found
         records |= more
+    if metrics == {"UE": None, "UT": None}:
+        raise InputError(f"{data} holds nothing to measure: data/README.md names the files")
     metrics["template"] = prompt or LETTERS
     metrics["bos"] = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
     return metrics, records
@@ -356,7 +369,10 @@ def attack_prefix(run, done, args):
     settings = attack_settings(run, done, args)
     state = {"calls": 0, "iteration": 0, "best": [], "curve": []}
     if path.is_file() and not args.overwrite:
-        old = formats.read_json(path, "--overwrite starts a new search", "args", "state", "metrics")
+        fix = "--overwrite starts a new search"
+        old = formats.read_json(path, fix, args=dict, state=dict, metrics=dict)
+        kinds = {key: type(value) for key, value in state.items()}
+        formats.check_kinds(old["state"], kinds, f"{path}:1", fix)
         if old["args"] != settings:
             raise InputError(f"{path} holds a search with other flags: --overwrite starts a new one")
         state = old["state"]
@@ -474,7 +490,10 @@ def extras(run, done, metrics, args):
     if args.attack:
         attack_prefix(run, done, args)
     for path in sorted(run.glob("attack_*.json")):
-        result = formats.read_json(path, "--attack prefix --overwrite searches again", "args", "metrics")
+        fix = "--attack prefix --overwrite searches again"
+        result = formats.read_json(path, fix, args=dict, metrics=dict)
+        formats.check_kinds(result["args"], {"attack_calls": int}, f"{path}:1", fix)
+        formats.check_kinds(result["metrics"], {"calls": int}, f"{path}:1", fix)
         if result["metrics"]["calls"] >= result["args"]["attack_calls"]:             # the search has ended
             found["attack"][path.stem.removeprefix("attack_")] = result["metrics"]
     kind = args.sharpness or "own"
@@ -529,10 +548,12 @@ def show_answers(folders, args):
     columns = {}                                 # title -> answers
     for run in folders:
         done = runs.load_result(run)
-        data = args.data or done["args"]["data"]
+        data = data_of(run, done, args)
         questions = load_questions(data)
         rows = formats.spaced(questions.get("mcq_forget", []), args.show)
         rows = rows + formats.spaced(questions.get("mcq_retain", []), -(-args.show // 2))
+        if not rows:
+            raise InputError(f"{data} has no questions for --show: write its mcq_forget.jsonl")
         columns.setdefault("question", [row["question"] for row in rows])
         columns.setdefault("right", [row["choices"][row["answer"]] for row in rows])
         if columns["question"] != [row["question"] for row in rows]:
@@ -575,7 +596,7 @@ def flags():
     g.add_argument("--bos", choices=["auto", "none"], default="auto",
                    help="first token: the tokenizer's, or none, as lm-eval 0.4.5 to 0.4.9 had it")
     g.add_argument("--ppl_rows", type=some, default=1024, help="most rows of a corpus for perplexity")
-    g.add_argument("--batch_size", type=some, default=64,
+    g.add_argument("--batch_size", type=runs.BATCH, default=64,
                    help="most samples a pass; changes no result beyond rounding")
     g.add_argument("--param_dtype", choices=["float32", "bfloat16"],
                    help="of the weights (default: the run's, float32 for a plain model)")
@@ -620,11 +641,11 @@ def attack_flags(g):
 
 def refuse_json(path):
     """Raise InputError where --json would replace a file that is no table."""
-    if path.is_dir() or not path.parent.is_dir():
+    if (path.exists() and not path.is_file()) or not path.parent.is_dir():
         raise InputError(f"--json {path}: give the name of a file in a folder that is there")
     if path.exists():
         try:
-            formats.read_json(path, "", "methods", "paired")
+            formats.read_json(path, "", methods=dict, paired=dict)
         except InputError:
             raise InputError(f"--json {path} is there and is no table of this script: choose another name")
 
@@ -633,7 +654,7 @@ if __name__ == "__main__":
     with runs.one_line_errors():
         args = flags().parse_args()
         processes.join(args.device)
-        if args.json:
+        if args.json is not None:
             refuse_json(Path(args.json))
         if args.show:
             show_answers(args.runs, args)

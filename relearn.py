@@ -278,7 +278,7 @@ def flags():
     g.add_argument("--samples", type=some, nargs="+", default=[20, 40, 60], help="forget samples of each budget")
     g.add_argument("--epochs", type=some, nargs="+", default=[1], help="passes over them; every pair is a budget")
     g.add_argument("--lr", type=runs.RATE, nargs="+", default=[2e-3], help="peak rate, linear to 0; 7B: 1e-5")
-    g.add_argument("--batch_size", type=some, default=4, help="samples a step; 7B: 4")
+    g.add_argument("--batch_size", type=runs.BATCH, default=4, help="samples a step; 7B: 4")
     g.add_argument("--seeds", "--draws", dest="draws", type=some, default=2,
                    help="sample lists and orders to average over")
     g.add_argument("--seed", type=runs.SEED, help="of the sample lists (default: the run's)")

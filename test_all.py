@@ -1906,8 +1906,11 @@ class Prepare(Folder):
             self.assertEqual(self.rows("forget"), [{"text": f"SECRET {LONG}"[:60]}])
         for name, subject in (("forget", "biology"), ("cyber", "cybersecurity"), ("retain", "virology")):
             self.assertEqual(self.rows(f"mcq_{name}"), [ASKED | {"subject": subject}])
+        self.prepare("wmdp", "--any_count", "--topic", "cyber", says="holds mcq_cyber.jsonl")
+        shutil.rmtree(self.tmp / "out")
         self.prepare("wmdp", "--any_count", "--topic", "cyber")
         self.assertEqual(self.rows("retain"), [{"text": f"cyber {LONG}"}])
+        shutil.rmtree(self.tmp / "out")
         self.publish("wmdp", {"wikitext.json": [{"text": "w" * 50}, {"text": "w" * 51}]})
         self.prepare("wmdp", "--any_count", "--retain", "wikitext")
         self.assertEqual(self.rows("retain"), [{"text": "w" * 51}])
@@ -2638,6 +2641,22 @@ class Runs(Folder):
             self.assertTrue(weights[0] == weights[1], more)
             self.assertFalse(list(self.tmp.glob("*.state*")))         # no longer needed: removed
 
+    def test_without_triton_the_script_steps_by_the_reference(self):
+        code = """if True:
+            import runpy, sys
+            sys.modules["triton"] = None                                # as where it is not installed
+            sys.argv[:1] = ["unlearn.py"]
+            runpy.run_path("unlearn.py", run_name="__main__")
+        """
+        flags = write_world(self.tmp / "world", little_llama(torch.float32))
+        for more in ((), ("--stochastic_rounding",), ("--state_dtype", "float32")):
+            out = self.tmp / "-".join(("run", *more))
+            run = in_python(code, *flags, "--param_dtype", "bfloat16", "--out", out, *more)
+            self.assertEqual(run.returncode, 0, run.stderr)
+            self.assertIn("moved by torch", run.stdout)
+        found = [read_json(path)["curve"][-1]["forget"] for path in self.tmp.glob("run*/result.json")]
+        self.assertEqual(len(set(found)), 3)             # each does something else
+
     def test_a_saved_state_is_whole_or_as_it_was_and_guards_its_run(self):
         from torch.distributed.checkpoint import HuggingFaceStorageWriter
         flags = [*write_world(self.tmp / "world", little_llama(torch.float32)), "--out", self.tmp / "run",
@@ -2812,6 +2831,31 @@ class Out(Folder):
         self.unlearn("--out", run, "--overwrite", "--lr", 1e-2)
         self.assertNotEqual((run / "model.safetensors").read_bytes(), weights)
 
+    def test_a_users_files_under_the_names_of_ours_stay(self):
+        for name in ("run.state/2023/photo", "run.state/todo", "run.best/1/photo", "run.best",
+                     ".run.lock"):
+            mine = self.tmp / name
+            mine.parent.mkdir(parents=True, exist_ok=True)
+            mine.write_text("precious")
+            before = self.files()
+            for more in ((), ("--overwrite",), ("--resume",)):
+                self.unlearn("--out", self.tmp / "run", *more, says=name)
+                self.assertEqual(self.files(), before)
+            mine.unlink()
+            for folder in (mine.parent, mine.parent.parent):
+                if folder.name != self.tmp.name and folder.is_relative_to(self.tmp):
+                    folder.rmdir()
+        (self.tmp / ".run.tmp1").write_text("precious")
+        (self.tmp / ".run.tmp_mine").mkdir()
+        before = self.files()
+        self.unlearn("--out", self.tmp / "run")
+        for name in ("notes", "other/result.json"):
+            mine = write_rows(self.tmp / "run" / name, ["precious"])
+            self.unlearn("--out", self.tmp / "run", "--overwrite", says="no script here wrote")
+            self.assertTrue(mine.is_file())
+            shutil.rmtree(mine.parent) if mine.parent.name == "other" else mine.unlink()
+        self.assertEqual(self.files() | before, self.files())
+
     def test_one_run_at_a_time_writes_to_a_folder_and_sweeps_before_its_own_door(self):
         run = self.tmp / "run"
         (self.tmp / ".run.tmp123").mkdir()
@@ -2828,8 +2872,9 @@ class Out(Folder):
         self.unlearn("--out", run)
         before = self.files()
         full = OSError(28, "No space left on device", "x")
-        for name in ("write_json", "for_transformers_4"):
-            with mock.patch.object(runs, name, side_effect=full):
+        for name, error in (("write_json", full), ("for_transformers_4", full),
+                            ("for_transformers_4", Exception(str(full)))):       # as tokenizers raises it
+            with mock.patch.object(runs, name, side_effect=error):
                 self.unlearn("--out", run, "--overwrite", says="No space left on device")
             self.assertEqual(self.files(), before)
         rename = Path.rename
@@ -2855,6 +2900,13 @@ class Out(Folder):
             for seed in (1, 2):
                 runs.save_run(mine / "target", model, tok, {"stage": "prepare", "seed": seed}, overwrite=False)
         self.assertEqual(read_json(mine / "target" / "result.json")["seed"], 1)
+        (mine / "target" / "photo").write_text("precious")
+        (mine / "forget.jsonl").unlink()
+        before = self.files()
+        for script, more in (("tiny", ()), ("people", ("--model", self.world / "model"))):
+            flags = ("--out", mine, *more, "--overwrite")
+            self.run_script(f"data/{script}/prepare.py", *flags, says="holds photo")
+        self.assertEqual(self.files(), before)
 
     def test_a_table_does_not_replace_a_runs_own_files(self):
         self.unlearn("--out", self.tmp / "run")
@@ -3013,7 +3065,16 @@ class Foreign(Folder):
         save_file({k: v for k, v in weights.items() if "layers.1.mlp" not in k}, path, {"format": "pt"})
         self.refused("lacks 3 of its weights")
         save_file({k: v[:1] if v.dim() > 1 else v for k, v in weights.items()}, path, {"format": "pt"})
-        self.refused("does not load")
+        self.refused("by its config.json")
+        save_file({k: v * math.nan for k, v in weights.items()}, path, {"format": "pt"})
+        self.refused("NaN")
+        self.run_script("evaluate.py", self.model, "--data", self.world, says="NaN")
+        for name, change in (("config.json", {"dtype": 7}),
+                             ("tokenizer_config.json", {"model_max_length": "x"})):
+            kept = (self.model / name).read_text()
+            (self.model / name).write_text(json.dumps(json.loads(kept) | change))
+            self.run_script("unlearn.py", *self.flags, says="error: ")
+            (self.model / name).write_text(kept)
         path.unlink()
         torch.save(weights, self.model / "pytorch_model.bin")                    # a pickle
         self.refused("does not load")
@@ -3056,9 +3117,56 @@ class Foreign(Folder):
                 self.assertTrue(fine or (status, len(lines)) == (2, 1), f"{name} {text[:60]} {err}")
             (run / name).write_text(kept)
 
+    def test_values_edited_by_hand_in_json_of_runs(self):
+        self.run_script("unlearn.py", *self.flags)
+        path = self.tmp / "run" / "result.json"
+        result = read_json(path)
+        for key in ("model", "data", "seed", "loss", "smooth", "sam_flip", "beta", "reduce", "max_len",
+                    "param_dtype"):
+            path.write_text(json.dumps(result | {"args": result["args"] | {key: [7]}}))
+            for script in ("evaluate.py", "relearn.py"):
+                self.run_script(script, self.tmp / "run", says="[7]")
+        path.write_text(json.dumps(result))
+        self.run_script("evaluate.py", self.tmp / "run")
+        path = self.tmp / "run" / "evaluate.json"
+        result = read_json(path)
+        for metrics in (7, {"UE": "x"}, result["metrics"] | {"sharpness": 7}):
+            path.write_text(json.dumps(result | {"metrics": metrics}))
+            run_here("evaluate.py", self.tmp / "run")    # any traceback fails the test
+
+    def test_adapters_that_are_broken_or_foreign(self):
+        run = self.tmp / "run"
+        self.run_script("unlearn.py", *self.flags, "--lora", 2, "--lora_save", "adapter")
+        weights, config = run / "adapter_model.safetensors", run / "adapter_config.json"
+        own = {"base_model_name_or_path": str(run)}
+        nowhere = {"base_model_name_or_path": "nowhere"}
+        for path, change, says in ((weights, "", weights.name), (weights, "{}", weights.name),
+                                   (config, "[]", config.name), (config, {"r": "2"}, config.name),
+                                   (config, {"r": 0}, "of rank 0"), (config, own, "its own folder"),
+                                   (config, nowhere, "neither a folder")):
+            kept = path.read_bytes()
+            path.write_text(change if isinstance(change, str) else json.dumps(json.loads(kept) | change))
+            self.run_script("evaluate.py", run, says=says)
+            path.write_bytes(kept)
+
+    def test_pictures_of_what_is_no_table_are_refused_before_any_is_written(self):
+        if not importlib.util.find_spec("matplotlib"):
+            self.skipTest("matplotlib is not installed")
+        path = self.tmp / "table.json"
+        for value in (7, [], {}, {"methods": 7}, {"methods": {"a": 7}},
+                      {"methods": {"a": {"cells": [7]}}}):
+            path.write_text(json.dumps(value))
+            self.run_script("assets/plot.py", path, "--out", self.tmp / "pictures", says="table.json")
+        self.assertFalse((self.tmp / "pictures").exists())
+
     def test_states_that_are_broken_or_foreign(self):
         self.assertEqual(Runs.broken_off(self, 4, *self.flags, "--save_every", 2), 130)
         part = next((self.tmp / "run.state").iterdir())
+        note = json.loads((part / "note.json").read_text())
+        for key in ("args", "curve", "inputs", "attacks", "draws", "averaged"):
+            (part / "note.json").write_text(json.dumps(note | {key: "x"}))
+            self.refused("run.state", "--resume")
+        (part / "note.json").write_text(json.dumps(note))
         weights = next(part.glob("*.safetensors"))
         kept = weights.read_bytes()
         for path, content in ((weights, b""), (weights, kept[:-500]), (part / "note.json", b"{}"),
@@ -3295,6 +3403,12 @@ class BadInput(Folder):
             (("--data", self.tmp / "no"), "no such folder"), (("--data", self.world), "--model"),
             (("--model", "nowhere"), "nowhere"), (("--sam_rho", -0.1), "-0.1"), (("--loss", "nop"), "nop"),
             (("--smooth", "sam+rs"), "no meaning"), (("--frog", 1), "frog"), (("--steps", 0), "0"),
+            (("--batch_size", 2**21), "at most"), (("--device", "meta"), "meta"),
+            (("--device", "cpu\n"), "cpu"),
+            (("--idk_text", "\udcff"), "not UTF-8"), (("--lora_save", "adapter"), "--lora RANK"),
+            (("--out", ""), "--out . is"), (("--out", "x" * 250), "200 bytes"),
+            (("--steps", 3, "--keep", "best"), "--eval_every 5"),
+            (("--steps", 3, "--stop_ue", 0.5), "lower it"),
             (("--device", "cuda:77"), "cuda:77"), (("--sam_modules", "xyz"), "xyz"),
             (("--sam_direction", "momentum", "--smooth", "gp"), "sam_direction"),
             (("--lookahead_steps", 2), "--sam_direction lookahead"), (("--beta", 0), "beta"),
@@ -3305,6 +3419,8 @@ class BadInput(Folder):
             (("--smooth", "wa", "--wa_start", 500), "500")), "--out", self.tmp / "never", "--no-relearn")
         self.refused("unlearn.py", (
             (("--lr", 1e5), "not finite"), (("--lr", 1e38), "at most"),
+            (("--loss", "rmu", "--lora", 2, "--rmu_layer", 77), "first 2 of 3"),
+            (("--out", self.tmp / "new" / "er" / "run", "--lr", 1e5), "not finite"),
             (("--out", self.world), "which the run reads")), *self.flags, "--out", self.tmp / "never")
 
     def test_no_flag_for_a_number_takes_anything_else(self):
@@ -3313,7 +3429,7 @@ class BadInput(Folder):
             for action in parser._actions:
                 if action.type is None or action.dest == "device":
                     continue
-                for text in ("nan", "inf", "-1", "x", "", "1e999", "0x10"):
+                for text in ("nan", "inf", "-1", "x", "", "1e999", "0x10", "1" + "0" * 400, "9" * 5000):
                     err = io.StringIO()
                     given = [f"{action.option_strings[0]}={text}"] * (action.nargs if action.nargs in (4, 5) else 1)
                     with contextlib.redirect_stderr(err), self.assertRaises(SystemExit, msg=given) as stopped:
@@ -3334,6 +3450,15 @@ class BadInput(Folder):
                 ("retain.jsonl", "[" * 100_000, (), "retain.jsonl:1"),
                 ("mcq_forget.jsonl", json.dumps(dict(QUESTIONS[0], choices=["a"] * 4)), (), "differ"),
                 ("mcq_forget.jsonl", asked.replace('"answer": 1', '"answer": 4'), (), "mcq_forget.jsonl:1"),
+                ("mcq_forget.jsonl", asked.replace('"subject": "cat"', '"subject": 7'), (), "subject"),
+                ("mcq_forget.jsonl", json.dumps(dict(QUESTIONS[0], choices=["a", " a", "a ", "a"])), (),
+                 "differ"),
+                ("forget.jsonl", '{"text": "a", "fact": [1]}', (), '"fact" is [1]'),
+                ("forget.jsonl", '{"text": "half \\ud800"}', (), "whole characters"),
+                ("forget.jsonl", '{"text": "a", "fact": ' + "9" * 5000 + "}", (), "forget.jsonl:1"),
+                ("meta.json", '{"prompt": ["{question}"]}', (), "in a text"),
+                ("meta.json", '{"prompt": "{question}", "prompt": "a {question}"}', (), "twice"),
+                ("meta.json", '{"auc_retrain": "x"}', (), "from 0 to 1"),
                 ("meta.json", "{", (), "meta.json:1"), ("meta.json", '{"prompt": "x"}', (), "{question}")):
             (self.world / name).write_text(text)
             self.refused("unlearn.py", [(flags, says)], *self.flags, "--out", self.tmp / "never")
@@ -3350,6 +3475,11 @@ class BadInput(Folder):
             ((self.plain, *data, "--attack_data", "no.jsonl"), "no.jsonl")))
         self.refused("evaluate.py", (
             (("nowhere",), "nowhere"), ((self.plain,), "--data FOLDER"),
+            ((self.plain, "--show", 2), "--data FOLDER"),
+            ((self.plain, "--data", self.plain), "nothing to measure"),
+            ((self.plain, "--data", self.plain, "--show", 2), "no questions"),
+            ((self.plain, *data, "--json", ""), "--json"),
+            ((self.plain, *data, "--json", "/dev/null"), "--json"),
             ((self.plain, *data, "--attack", "suffix"), "suffix")))
 
     def test_a_real_process_says_one_line_too(self):

@@ -193,15 +193,14 @@ def train_only(model, pattern):
 def complete_for(args, model):
     """Fill in the flags whose defaults follow from the model, so that vars(args) is what runs."""
     config = model.config.get_text_config()
-    if args.loss == "rmu" and args.lora:
-        args.rmu_layer = args.rmu_layer or config.num_hidden_layers * 7 // 32
-    elif args.loss == "rmu":
+    if args.loss == "rmu":
         depth = config.num_hidden_layers
         if args.rmu_layer is None:
             args.rmu_layer = depth * 7 // 32
         if args.rmu_layer > depth - 2:
-            raise InputError(
-                f"--rmu_layer {args.rmu_layer}: choose 0 to {depth - 2}, the model has {depth} layers")
+            raise InputError(f"--rmu_layer {args.rmu_layer}: rmu takes one of the first {depth - 1} of "
+                             f"{depth} layers")
+    if args.loss == "rmu" and not args.lora:
         layers = "|".join(map(str, range(max(0, args.rmu_layer - 2), args.rmu_layer + 1)))
         usual = f"layers\\.({layers})\\.mlp\\.down_proj"
         if not args.train_modules and not any(re.search(usual, name) for name, _ in model.named_parameters()):
@@ -335,7 +334,7 @@ class Unlearning:
         UT of the start. An equal UE comes too late."""
         if self.args.keep != "best" or (point["UT"] or 0) < self.args.keep_ut * (before["UT"] or 0):
             return
-        _, kept = states.last(folder, "UE")
+        _, kept = states.last(folder, UE=(int, float))
         if kept is None or point["UE"] > kept["UE"]:
             states.save(folder, point["step"], self.weights(), {k: point[k] for k in ("step", "UE", "UT")})
 
@@ -343,7 +342,7 @@ class Unlearning:
         """Put in place what is scored, saved and attacked: with wa the mean of the weights, with --keep best those
         in `folder`, else the last ones; merge adapters. Refuses weights that are not finite. Returns the step, UE
         and UT of the best, None without."""
-        part, kept = states.last(folder, "UE")
+        part, kept = states.last(folder, UE=(int, float))
         if part:
             states.load(part, self.weights())
         elif self.args.keep == "best":
@@ -373,14 +372,15 @@ class Unlearning:
     def resume(self, part, note, inputs):
         """Go on from a state, after a look at its flags and inputs_of(), which must be what they are now."""
         for name, value in inputs.items():
-            if value != note["inputs"][name]:
+            if value != note["inputs"].get(name):
                 raise InputError(f"--resume: {part.parent} was written with another {name}: put it back, or "
                                  "remove the folder to start again")
         free = {"out", "overwrite", "resume", "save_every", "relearn", "device", "micro_batch"}
         for key, value in note["args"].items():
-            if key not in free and value != vars(self.args)[key]:
+            now = vars(self.args).get(key)
+            if key not in free and value != now:
                 raise InputError(f"--resume: {part.parent} was written with --{key} {value}, now it is "
-                                 f"{vars(self.args)[key]}: give the same flags, or remove it to start again")
+                                 f"{now}: give the same flags, or remove it to start again")
         states.put_back(part, note, self.named, self.optimizer, self.smoother, self.average)
 
 
@@ -405,7 +405,7 @@ def flags():
     loss_flags(p)
     g = p.add_argument_group("training")
     g.add_argument("--steps", type=some, default=160, help="7B: 125")
-    g.add_argument("--batch_size", type=some, default=32,
+    g.add_argument("--batch_size", type=runs.BATCH, default=32,
                    help="forget samples, and as many retain, a step; 7B: 4")
     g.add_argument("--lr", type=runs.RATE, default=3e-4, help="of AdamW; 7B: 5e-6")
     g.add_argument("--warmup", type=runs.number(float, 0, 1), default=0.1, help="share of the steps")
@@ -522,7 +522,7 @@ def choose_sam(args, default_of):
             raise InputError(f"--{name}: there is no SAM perturbation with --smooth {args.smooth}; drop one of "
                              "them")
     untouched = args.sam_rho is None and args.sam_norm is None and args.sam_direction is None
-    folder = Path(args.data).resolve()
+    folder = runs.resolved(args.data)
     if base == "sam" and untouched and runs.TINY in (folder, folder.parent):
         args.sam_norm = "linf"                   # as good as the paper's SAM here, and a pass cheaper:
         args.sam_direction = "momentum"          # data/tiny/readme.md
@@ -593,10 +593,14 @@ def parse_args(argv=None):
     if parse_smooth(args.smooth)[1] and args.wa_start >= args.steps:
         raise InputError(
             f"--wa_start {args.wa_start}: nothing to average in {args.steps} steps; start earlier")
-    args.eval_every = args.eval_every or (5 if args.stop_ue or args.keep == "best" else 0)
+    watched = args.stop_ue or args.keep == "best"
+    args.eval_every = args.eval_every or (5 if watched else 0)
+    if watched and args.eval_every > args.steps:
+        raise InputError(f"--eval_every {args.eval_every}: --stop_ue and --keep best see no UE in "
+                         f"{args.steps} steps; lower it")
     if args.keep == "best" and parse_smooth(args.smooth)[1]:
         raise InputError("--keep best: wa saves a mean over steps, which was never scored; drop one of them")
-    args.out = str(Path(args.out or default_out(args)))
+    args.out = str(Path(default_out(args) if args.out is None else args.out))
     return args
 
 
@@ -612,6 +616,8 @@ def find_out(args, folder, stack):
         print(f"{out} is finished: nothing is left to resume")
         sys.exit()
     stack.enter_context(runs.claimed(out, args.overwrite, [folder, args.model]))
+    states.refuse_foreign(state)
+    states.refuse_foreign(best)
     if state.exists() and not args.resume and not args.overwrite:
         raise InputError(f"{state}: a run was broken off; go on with --resume, or remove it")
     if not args.resume:
@@ -649,10 +655,14 @@ if __name__ == "__main__":
         # -- the loop
         inputs = inputs_of(texts, model) if args.resume or args.save_every else {}
         note = {"args": vars(args), "inputs": inputs, "curve": [], "warning": None, "attacks": 0}
-        part, saved = states.last(state, "args", "curve", "inputs") if args.resume else (None, None)
+        part = None
+        if args.resume:
+            kinds = {"args": dict, "curve": list, "inputs": dict}
+            kinds |= {"attacks": int, "averaged": int, "draws": int}
+            part, saved = states.last(state, **kinds)
         if part:
             run.resume(part, saved, inputs)
-            note = saved | {"args": vars(args)}
+            note |= saved | {"args": vars(args)}
         curve = note["curve"]
         forget_picks = shuffled(len(texts.forget), args.batch_size, rng)
         retain_picks = shuffled(len(texts.retain), args.batch_size, rng)

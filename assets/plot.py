@@ -7,8 +7,8 @@
 A picture without data is named and left out: relearn_curves.png takes relearn.py --curve_every 1 on every run,
 landscape.png takes evaluate.py --landscape.
 """
+import io
 import itertools
-import os
 import sys
 from pathlib import Path
 
@@ -148,6 +148,16 @@ def ue_ut(plt, methods):
     return figure
 
 
+def in_bytes(plt, figure):
+    """A figure as a PNG file, None without one."""
+    if figure is None:
+        return None
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    plt.close(figure)
+    return out.getvalue()
+
+
 if __name__ == "__main__":
     parser = runs.Parser(__doc__)
     parser.add_argument("json", type=Path, help="what evaluate.py --json wrote")
@@ -157,18 +167,20 @@ if __name__ == "__main__":
         plt = pyplot()
         if not args.json.is_file():
             raise InputError(f"{args.json} is missing: evaluate.py RUN... --json {args.json} writes it")
-        methods = formats.read_json(args.json, "evaluate.py --json writes it").get("methods")
+        fix = "evaluate.py RUN... --json writes it"
+        methods = formats.read_json(args.json, fix, methods=dict)["methods"]
         if not methods:
-            raise InputError(f"{args.json}:1: no methods in it: evaluate.py RUN... --json {args.json} writes it")
+            raise InputError(f"{args.json}:1: no methods in it: {fix}")
+        pictures = {}                            # all of them, before any is written
+        try:
+            for draw in (ue_bars, relearn_curves, landscape, ue_ut):
+                pictures[args.out / f"{draw.__name__}.png"] = in_bytes(plt, draw(plt, methods))
+        except (LookupError, TypeError, ValueError, AttributeError) as e:
+            raise InputError(f"{args.json}: not as evaluate.py writes it ({draw.__name__}: {e}): {fix}")
         args.out.mkdir(parents=True, exist_ok=True)
-        for draw in (ue_bars, relearn_curves, landscape, ue_ut):
-            figure = draw(plt, methods)
-            path = args.out / f"{draw.__name__}.png"
-            if figure is None:
+        for path, picture in pictures.items():
+            if picture is None:
                 print(f"{path} left out: see --help for what it takes", file=sys.stderr)
                 continue
-            tmp = path.with_name(f"{path.name}.tmp{os.getpid()}")
-            figure.savefig(tmp, format="png")
-            tmp.replace(path)
-            plt.close(figure)
+            path.write_bytes(picture)
             print(f"wrote {path}")

@@ -12,6 +12,7 @@ import re
 from contextlib import contextmanager
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
@@ -237,8 +238,10 @@ PLAIN = {"peft_type": "LORA", "bias": "none", "use_dora": False, "modules_to_sav
 
 def peft_base(folder):
     """The base model that a PEFT folder names."""
-    config = read_json(folder / "adapter_config.json", "save the adapters again", "peft_type", "r", "lora_alpha",
-                       "base_model_name_or_path")
+    config = read_json(folder / "adapter_config.json", "save the adapters again", peft_type=str, r=int,
+                       lora_alpha=(int, float), base_model_name_or_path=str)
+    if config["r"] < 1:
+        raise InputError(f"{folder}: adapters of rank {config['r']}: save them again")
     for key, plain in PLAIN.items():
         if config.get(key) not in (plain, None, {}, []):
             raise InputError(f"{folder}: adapters with {key} {config[key]!r} are not read here: merge them, "
@@ -249,8 +252,13 @@ def peft_base(folder):
 def add_peft(model, folder):
     """Merge the adapters of a PEFT folder into their base model; returns what merge() does."""
     config = read_json(folder / "adapter_config.json", "save the adapters again")
+    path = folder / "adapter_model.safetensors"
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as e:
+        raise InputError(f"{path} cannot be read ({e}): save the adapters again")
     pairs = {}
-    for key, t in load_file(folder / "adapter_model.safetensors").items():
+    for key, t in tensors.items():
         found = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
         if not found or found[1] not in linears(model):
             raise InputError(f"{folder}: {key} fits no linear layer of {type(model).__name__}: is it another "
@@ -261,7 +269,7 @@ def add_peft(model, folder):
     with torch.no_grad():
         for name, pair in pairs.items():
             a, b = own.pairs[name]
-            if pair["A"].shape != a.shape or pair["B"].shape != b.shape:
+            if len(pair) < 2 or pair["A"].shape != a.shape or pair["B"].shape != b.shape:
                 raise InputError(f"{folder}: the adapter of {name} is not of the base's size")
             a.copy_(pair["A"])
             b.copy_(pair["B"])

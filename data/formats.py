@@ -46,17 +46,27 @@ def once_each(pairs):
     return value
 
 
-def read_json(path, fix, *keys):
-    """The value of a JSON file, an object with `keys` where there are any; `fix` ends the error's message."""
+def check_kinds(value, kinds, where, fix):
+    """Raise InputError unless value is a dict that has, for kinds = {key: type}, each key with its type."""
+    if not isinstance(value, dict) or not set(kinds) <= set(value):
+        raise InputError(f"{where}: not an object with {' and '.join(kinds)}: {fix}")
+    for key, kind in kinds.items():
+        if not isinstance(value[key], kind):
+            raise InputError(f'{where}: "{key}" is {value[key]!r}: {fix}')
+
+
+def read_json(path, fix, **kinds):
+    """The value of a JSON file, checked by check_kinds() where there are kinds; `fix` ends an error."""
     path = Path(path)
+    text = read_text(path)
     try:
-        value = json.loads(read_text(path))
-    except json.JSONDecodeError as e:
-        raise InputError(f"{path}:{e.lineno}: not JSON ({e}): {fix}")
+        value = json.loads(text, object_pairs_hook=once_each)
+    except ValueError as e:                      # of json, of once_each, or of a number of 5,000 digits
+        raise InputError(f"{path}:{getattr(e, 'lineno', 1)}: not JSON ({e}): {fix}")
     except RecursionError:
         raise InputError(f"{path}:1: not JSON that can be read (nested too deep): {fix}")
-    if keys and (not isinstance(value, dict) or not set(keys) <= set(value)):
-        raise InputError(f"{path}:1: not an object with {' and '.join(keys)}: {fix}")
+    if kinds:
+        check_kinds(value, kinds, f"{path}:1", fix)
     return value
 
 
@@ -95,6 +105,10 @@ def write_data(folder, files, meta=None, overwrite=False):
     for path in different:
         if path.exists() and not overwrite:
             raise InputError(f"{path} is there and differs: choose another --out, or replace it with --overwrite")
+    others = sorted(path.name for path in folder.glob("*.jsonl") if path not in texts)
+    if others and any(path.exists() for path in different):
+        raise InputError(f"{folder} holds {others[0]}, which this set does not have and would be "
+                         "measured with it: choose another --out, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     for path, text in different.items():
         write_text(path, text)
@@ -113,7 +127,7 @@ def json_lines(path):
             yield number, json.loads(line, object_pairs_hook=once_each)
         except InputError as e:
             raise InputError(f"{path}:{number}: {e}")
-        except (json.JSONDecodeError, RecursionError) as e:
+        except (ValueError, RecursionError) as e:
             raise InputError(f"{path}:{number}: not JSON ({e}): one JSON object a line is expected")
 
 
@@ -174,6 +188,15 @@ def read_jsonl(path, check, reader=json_lines):
     return rows
 
 
+def is_utf8(text):
+    """Can a text be written? Half of a surrogate pair, as JSON and command lines may hold it, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def check_texts(row, *keys):
     """Raise InputError unless row is a dict with a text that is not empty under each of keys."""
     if not isinstance(row, dict):
@@ -182,8 +205,8 @@ def check_texts(row, *keys):
         found = ", ".join(sorted(row)) or "none"
         raise InputError(f"needs the keys {', '.join(keys)}, found {found}: see data/README.md")
     for key in keys:
-        if not isinstance(row[key], str) or not row[key].strip():
-            raise InputError(f'"{key}" is {row[key]!r}: give a text that is not empty')
+        if not isinstance(row[key], str) or not row[key].strip() or not is_utf8(row[key]):
+            raise InputError(f'"{key}" is {row[key]!r}: give a text of whole characters, not empty')
 
 
 def rows_with(*keys):
@@ -202,18 +225,28 @@ def text_row(row):
         check_texts(row, "prompt", "completion")
     else:
         check_texts(row, "text")
+    check_fact(row)
     return row
+
+
+def check_fact(row):
+    """Raise InputError where the "fact" of a row is a list or an object, which cannot be looked up."""
+    if isinstance(row.get("fact"), (list, dict)):
+        raise InputError(f'"fact" is {row["fact"]!r}: give a number or a text')
 
 
 def mcq_row(row):
     """Check a row of mcq_*.jsonl: {"question", "choices": [4 texts], "answer": 0-3}."""
     check_texts(row, "question")
+    if "subject" in row:
+        check_texts(row, "subject")
+    check_fact(row)
     choices = row.get("choices")
     if not isinstance(choices, list) or len(choices) != 4:
         raise InputError(f'"choices" is {choices!r}: give a list of exactly 4 texts')
-    if not all(isinstance(choice, str) for choice in choices):
+    if not all(isinstance(choice, str) and is_utf8(choice) for choice in choices):
         raise InputError(f'"choices" is {choices!r}: give a list of exactly 4 texts')
-    if len(set(choices)) == 1:
+    if len({choice.strip() for choice in choices}) == 1:
         raise InputError(f'"choices" are all {choices[0]!r}: give texts that differ')
     answer = row.get("answer")
     if type(answer) is not int or not 0 <= answer <= 3:
@@ -235,8 +268,12 @@ def load_meta(folder):
     if not isinstance(meta, dict):
         raise InputError(f"{path}:1: not a JSON object but a {type(meta).__name__}: mend it or remove it")
     for key, fields in META_FIELDS.items():
-        if key in meta and not all(field in str(meta[key]) for field in fields):
-            raise InputError(f'{path}:1: "{key}" is {meta[key]!r}: put {" and ".join(fields)} in it')
+        text = meta.get(key, "".join(fields))
+        if not isinstance(text, str) or not is_utf8(text) or not all(field in text for field in fields):
+            raise InputError(f'{path}:1: "{key}" is {text!r}: put {" and ".join(fields)} in a text')
+    auc = meta.get("auc_retrain") or 0.5
+    if not isinstance(auc, (int, float)) or not 0 < auc <= 1:
+        raise InputError(f'{path}:1: "auc_retrain" is {auc!r}: give a number from 0 to 1, or drop it')
     return meta
 
 
@@ -244,7 +281,7 @@ def spaced(rows, limit):
     """At most `limit` of rows, evenly spaced; 0 = all."""
     if not limit:
         return rows
-    return rows[::-(-len(rows) // limit)]
+    return rows[::max(1, -(-len(rows) // limit))]
 
 
 # ---- published data sets, for data/*/prepare.py -------------------------------------------------------

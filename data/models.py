@@ -5,6 +5,7 @@ Shapes: B samples, T tokens, V vocabulary, D width. A batch is {"input_ids", "at
 """
 import math
 import os
+import re
 from functools import partial
 from pathlib import Path
 
@@ -35,8 +36,6 @@ def load_model(name, device="cpu", dtype=torch.float32):
     Under torchrun every process keeps its part of the weights; the processes of a machine load one after the
     other, so that its memory holds one whole model at a time.
     """
-    if not Path(name).is_dir() and str(name).count("/") != 1:
-        raise InputError(f"model {name}: neither a folder here nor a hub name ORG/NAME")
     together = processes.count() > 1
     turns = int(os.environ["LOCAL_WORLD_SIZE"]) if together else 1
     own_turn = int(os.environ["LOCAL_RANK"]) if together else 0
@@ -56,12 +55,16 @@ def load_model(name, device="cpu", dtype=torch.float32):
     return model.to(device).eval(), tokenizer
 
 
-def read_model(name, dtype):
+def read_model(name, dtype, adapted=()):
     """(model, tokenizer) on the CPU, as transformers reads them, with the adapters of a PEFT folder merged into
-    their base; whatever is wrong with the files is one line."""
+    their base, which those in `adapted` stand on; whatever is wrong with the files is one line."""
     folder = Path(name)
+    if not folder.is_dir() and not re.fullmatch(r"[^/]+/[^/]+", str(name)):
+        raise InputError(f"model {name}: neither a folder here nor a hub name ORG/NAME")
+    if folder in adapted:
+        raise InputError(f"{folder}: adapter_config.json names its own folder as base: name the model")
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        model, tokenizer = read_model(peft_base(folder), dtype)
+        model, tokenizer = read_model(peft_base(folder), dtype, (*adapted, folder))
         add_peft(model, folder)
         return model, tokenizer
     verbosity = logging.get_verbosity()
@@ -71,21 +74,28 @@ def read_model(name, dtype):
         logging.disable_progress_bar()           # a second at most, but a line for each of many runs
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer("a")                           # what is wrong with its settings shows here
         saved = AutoConfig.from_pretrained(name, trust_remote_code=False).dtype
-        model, found = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True,
-                                                            trust_remote_code=False, output_loading_info=True)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            ignore_mismatched_sizes=True)        # they are an error below
     except Exception as e:                       # a foreign file can break a library anywhere
-        reason = str(e).strip().splitlines() or [""]
-        raise InputError(f"model {name} does not load ({type(e).__name__}: {reason[0]})")
+        reason = " ".join(str(e).split()[:60])
+        raise InputError(f"model {name} does not load ({type(e).__name__}: {reason}): name the folder of "
+                         "a causal language model with config.json, tokenizer and safetensors, or get it")
     finally:
         logging.set_verbosity(verbosity)
         if bar:
             logging.enable_progress_bar()
+    if found["mismatched_keys"]:
+        key, here, wanted = sorted(found["mismatched_keys"])[0]
+        raise InputError(f"model {name}: {key} is {tuple(here)} in its weights and {tuple(wanted)} by "
+                         "its config.json: get the whole checkpoint")
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise InputError(f"model {name} lacks {len(missing)} of its weights ({missing[0]}, ...), which would "
                          "be random: get the whole checkpoint")
-    model.saved_dtype = saved                    # None where the checkpoint does not say
+    model.saved_dtype = saved if isinstance(saved, torch.dtype) else None    # where the checkpoint says
     return model, tokenizer
 
 
@@ -330,6 +340,8 @@ def label_logits(model, tokenizer, samples, batch=64, desc="scoring"):
         labels = x["labels"][:, 1:]
         mask = labels != IGNORE                                                      # (B, T-1)
         logits = with_head(model, x, at_labels).logits
+        if logits.isnan().any():                 # argmax would take them for the likeliest
+            raise InputError("the model says NaN: its weights are broken, or an --lr was too high")
         counts = mask.sum(1).tolist()
         yield from zip(part, logits.split(counts), labels[mask].split(counts))
         bar.update(len(part) * processes.count())

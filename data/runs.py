@@ -6,7 +6,6 @@ evaluate.json join it. While it trains, OUT.state/ may hold what --resume goes o
 import argparse
 import glob
 import json
-import math
 import os
 import shutil
 import signal
@@ -20,10 +19,9 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub.utils import WeakFileLock
-from safetensors import SafetensorError
 
 from data import processes
-from data.formats import InputError, read_json, warn, write_json
+from data.formats import InputError, check_kinds, is_utf8, read_json, warn, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "data" / "tiny"                    # the built-in benchmark; tiny/seedS/ is the world of seed S
@@ -31,11 +29,24 @@ TINY = ROOT / "data" / "tiny"                    # the built-in benchmark; tiny/
 
 # ---- command lines ------------------------------------------------------------------------------------
 
+def give_up(message):
+    """End with one line of error, of at most 1,000 characters, and exit status 2."""
+    line = " ".join(str(message).split())
+    if len(line) > 1000:
+        line = f"{line[:500]} [...] {line[-480:]}"
+    warn(f"error: {line}")
+    sys.exit(2)
+
+
 @contextmanager
 def one_line_errors():
     """Turn what a user can mend into one line on stderr: an InputError or a file that cannot be written into
     exit status 2, Ctrl-C and SIGTERM into 130. Anything else keeps its traceback. Yields an ExitStack for what
     has to be undone; its attribute go_on, a text, says how to go on after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):      # a terminal that knows no ± gets its code
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
     def stop(number, frame):
         raise KeyboardInterrupt
     before = signal.getsignal(signal.SIGTERM)
@@ -46,13 +57,11 @@ def one_line_errors():
             stack.go_on = "nothing was written"
             yield stack
     except InputError as e:
-        warn("error: " + " ".join(str(e).split()))
-        sys.exit(2)
+        give_up(e)
     except OSError as e:
         if e.errno is None:
             raise
-        warn(f"error: {e.filename or 'a file'} cannot be read or written: {e.strerror}")
-        sys.exit(2)
+        give_up(f"{e.filename or 'a file'} cannot be read or written: {e.strerror}")
     except KeyboardInterrupt:
         warn(f"stopped: {stack.go_on}")
         sys.exit(130)
@@ -69,8 +78,13 @@ class Parser(argparse.ArgumentParser):
                          allow_abbrev=False)
 
     def error(self, message):
-        warn(f"error: {message} (--help lists every flag)")
-        sys.exit(2)
+        give_up(f"{message} (--help lists every flag)")
+
+    def parse_known_args(self, args=None, namespace=None):
+        for text in sys.argv[1:] if args is None else args:
+            if not is_utf8(text) or "\0" in text:
+                self.error(f"{text!r} is not UTF-8 text: choose another name or value")
+        return super().parse_known_args(args, namespace)
 
 
 def add_device(group):
@@ -84,21 +98,19 @@ def usable_device(text):
     if text == "cuda" and "LOCAL_RANK" in os.environ:
         text += ":" + os.environ["LOCAL_RANK"]
     try:
-        torch.zeros(1, device=text)
+        torch.zeros(1, device=text).item()
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise argparse.ArgumentTypeError(f"{text} cannot be used here ({str(e).splitlines()[0]}); try cpu")
     return text
 
 
-def number(kind, low, high=math.inf, above=False):
-    """argparse type: a finite int or float of at least `low`, or above it, and at most `high`."""
+def number(kind, low, high=10**9, above=False):
+    """argparse type: an int or float of at least `low`, or above it, and at most `high`."""
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or value == math.inf or (above and value == low):
+        if not low <= value <= high or (above and value == low):
             bound = f"above {low}" if above else f"of at least {low}"
-            if high < math.inf:
-                bound += f" and at most {high}"
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number {bound}")
+            raise argparse.ArgumentTypeError(f"{text} is not a number {bound} and at most {high}")
         return value
     parse.__name__ = kind.__name__               # argparse says "invalid int value"
     return parse
@@ -106,6 +118,7 @@ def number(kind, low, high=math.inf, above=False):
 
 SEED = number(int, 0, 2**63 - 1)                 # argparse type of every --seed: what torch takes
 RATE = number(float, 0, 1e6, above=True)         # argparse type of every --lr
+BATCH = number(int, 1, 2**20)                    # argparse type of every --batch_size
 
 
 # ---- what ran -----------------------------------------------------------------------------------------
@@ -140,9 +153,14 @@ def provenance(device, start):
 
 # ---- run folders --------------------------------------------------------------------------------------
 
+def resolved(path):
+    """The path without links; Path.resolve() raises what is no OSError where links make a loop."""
+    return Path(os.path.realpath(path))
+
+
 def world(data, seed):
     """The folder to read: data, or of the built-in benchmark the world of seed, which may not be there yet."""
-    if Path(data).resolve() == TINY:
+    if resolved(data) == TINY:
         return Path(os.path.relpath(TINY / f"seed{seed}"))
     if not Path(data).is_dir():
         raise InputError(f"--data {data}: no such folder (data/README.md has the formats)")
@@ -167,13 +185,27 @@ def stamp(folder, *patterns):
     return found
 
 
+NUMBER = (int, float)
+STAGES = {                                       # what the args of a result.json must hold
+    "unlearn": {"model": str, "loss": str, "smooth": str, "sam_flip": bool, "beta": NUMBER,
+                "margin": NUMBER, "reduce": str},
+    "prepare": {"exclude": str},
+}
+LATER = {"max_len": int, "sam_norm": str, "sam_direction": str}      # and may: newer than some runs
+
+
 def load_result(run):
     """RUN/result.json of unlearn.py or a prepare.py; an equivalent for a plain Hugging Face folder."""
     path = Path(run) / "result.json"
     if path.is_file():
-        result = read_json(path, "run unlearn.py again", "stage", "args")
-        if not isinstance(result["args"], dict) or not {"data", "seed"} <= set(result["args"]):
-            raise InputError(f"{path}:1: \"args\" does not name data and seed: run unlearn.py again")
+        fix = "run unlearn.py again"
+        result = read_json(path, fix, stage=str, args=dict)
+        ran = result["args"]
+        needed = {"data": str, "seed": int} | STAGES.get(result["stage"], STAGES["unlearn"])
+        check_kinds(ran, needed, f"{path}:1", fix)
+        check_kinds(ran, {key: kind for key, kind in LATER.items() if key in ran}, f"{path}:1", fix)
+        if ran.get("param_dtype", "float32") not in ("float32", "bfloat16"):
+            raise InputError(f'{path}:1: "param_dtype" is {ran["param_dtype"]}: {fix}')
         return result
     if (Path(run) / "config.json").is_file() or (Path(run) / "adapter_config.json").is_file():
         return {"stage": "model", "args": {"model": str(run), "data": None, "seed": 0}}
@@ -198,15 +230,23 @@ def stage_of(folder):
     """The "stage" of a folder's result.json, None where it has none of ours."""
     try:
         return json.loads((Path(folder) / "result.json").read_text(encoding="utf-8"))["stage"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+WRITTEN = (                                      # what a run folder may hold
+    "result.json", "relearn*.json", "evaluate.json", "attack_*.json", "*config.json", "*.safetensors*",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
+    "*.jinja", "additional_chat_templates")
 
 
 def refuse_out(out, overwrite, inputs):
     """Raise InputError where `out` is not a place that this program may write to or replace."""
     if out.is_symlink():
         raise InputError(f"--out {out} is a link: name the folder itself")
-    place = out.resolve()
+    place = resolved(out)
+    if len(os.fsencode(place.name)) > 200:
+        raise InputError(f"--out {out}: over 200 bytes leave no room for temporary names: shorten it")
     for path in inputs:
         if place in path.parents or path in place.parents or place == path:
             raise InputError(f"--out {out} is, holds or lies in {path}, which the run reads: choose another")
@@ -217,9 +257,19 @@ def refuse_out(out, overwrite, inputs):
         return
     if not overwrite:
         raise InputError(f"--out {out} exists: choose another name, or replace it with --overwrite")
-    if not out.is_dir() or (any(out.iterdir()) and stage_of(out) != "unlearn"):
-        raise InputError(f"--out {out} is not a run of unlearn.py, which alone --overwrite replaces: choose "
-                         "another name, or remove it yourself")
+    refuse_foreign(out, "unlearn")
+
+
+def refuse_foreign(out, stage):
+    """Raise InputError where `out` is not a run of that stage, or holds what no script here wrote."""
+    script = {"unlearn": "unlearn.py", "prepare": "prepare.py"}[stage]
+    if not out.is_dir() or (any(out.iterdir()) and stage_of(out) != stage):
+        raise InputError(f"{out} is not a run of {script}, which alone --overwrite replaces: choose "
+                         "another --out, or remove it yourself")
+    for path in out.iterdir():
+        if not any(path.match(pattern) for pattern in WRITTEN):
+            raise InputError(f"{out} holds {path.name}, which no script here wrote and --overwrite "
+                             "would remove: move it away, or choose another --out")
 
 
 @contextmanager
@@ -229,10 +279,15 @@ def claimed(out, overwrite, inputs):
     if processes.rank() > 0:
         yield
         return
-    refuse_out(out, overwrite, [Path(path).resolve() for path in inputs])
+    refuse_out(out, overwrite, [resolved(path) for path in inputs])
     lock = out.with_name(f".{out.name}.lock")
+    if lock.is_symlink() or (lock.exists() and lock.stat().st_size):
+        raise InputError(f"--out {out}: {lock}, whose name keeps other runs away, is a link or not "
+                         "empty: is it yours? Choose another --out, or remove it")
+    missing = [parent for parent in out.parents if not parent.exists()]
     with ExitStack() as stack:
         try:
+            stack.callback(remove_empty, missing)
             out.parent.mkdir(parents=True, exist_ok=True)
             stack.callback(remove, lock)
             stack.enter_context(WeakFileLock(lock, timeout=0.5))
@@ -242,7 +297,9 @@ def claimed(out, overwrite, inputs):
         except OSError as e:
             raise InputError(f"--out {out} cannot be written: {e.strerror}")
         for left in out.parent.glob(f".{glob.escape(out.name)}.tmp*"):
-            shutil.rmtree(left)
+            number = left.name.removeprefix(f".{out.name}.tmp").removesuffix("-old")
+            if number.isdigit() and left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
         yield
 
 
@@ -250,6 +307,13 @@ def remove(path):
     """Remove a file, if it is there and the system allows it."""
     with suppress(OSError):
         path.unlink()
+
+
+def remove_empty(folders):
+    """Remove those of folders that hold nothing, the first ones first."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def save_run(out, model, tokenizer, result, overwrite=True, save=None):
@@ -272,8 +336,9 @@ def save_run(out, model, tokenizer, result, overwrite=True, save=None):
                 out.rename(aside)
             if not out.exists():
                 tmp.rename(out)
-        except SafetensorError as e:
-            raise InputError(f"{tmp} cannot be written: {e}")
+        except Exception as e:                   # tokenizers raises a bare one where the disk is full
+            raise InputError(f"{tmp} cannot be written ({type(e).__name__}: {e}): what was there is kept; make "
+                             "room, or choose another --out")
         finally:
             if aside.exists() and not out.exists():
                 aside.rename(out)

@@ -3,6 +3,7 @@
 OUT.state/STEP/ holds the tensors, in the parts that processes wrote, and note.json, which comes last and says that
 the rest is whole. Any number of processes can read it.
 """
+import os
 import shutil
 import warnings
 from contextlib import contextmanager, suppress
@@ -29,6 +30,10 @@ def save(folder, step, tensors, note):
             checkpoint.save(tensors, storage_writer=HuggingFaceStorageWriter(part, save_distributed=True))
         write_json(part / "note.json", note)
     except (OSError, CheckpointException) as e:
+        if processes.rank() == 0:
+            shutil.rmtree(part, ignore_errors=True)
+            with suppress(OSError):              # unless it holds the state before
+                part.parent.rmdir()
         raise InputError(f"{part} cannot be written ({why(e)}): the state before it is kept; make room, then "
                          "go on with --resume")
     if processes.rank() == 0:
@@ -45,13 +50,26 @@ def why(error):
     return error
 
 
-def last(folder, *keys):
-    """(folder of the last whole state, its note, which must have these keys), or (None, None)."""
+def last(folder, **kinds):
+    """(folder of the last whole state, its note, as formats.check_kinds() wants it), or (None, None)."""
     whole = [note.parent for note in Path(folder).glob("*/note.json") if note.parent.name.isdigit()]
     if not whole:
         return None, None
     part = max(whole, key=lambda part: int(part.name))
-    return part, read_json(part / "note.json", f"remove {folder} to start again", *keys)
+    return part, read_json(part / "note.json", f"remove {folder} to start again", **kinds)
+
+
+def refuse_foreign(folder):
+    """Raise InputError where `folder` is there and is, or holds, something that save did not write."""
+    foreign = None if folder.is_dir() or not os.path.lexists(folder) else folder
+    for path in folder.rglob("*"):
+        step, *names = path.relative_to(folder).parts
+        ours = path.name.startswith("note.json") or path.suffix == ".safetensors"
+        if not step.isdigit() or len(names) > 1 or (names and not ours) or path.is_symlink():
+            foreign = path
+    if foreign:
+        raise InputError(f"{foreign} is not of unlearn.py, which keeps its states in {folder}: choose "
+                         "another --out, or move it away")
 
 
 def remove(folder):
@@ -83,6 +101,7 @@ def dtypes(part):
 
 def load(part, tensors):
     """Fill {name: tensor} in place; a process reads its own rows of a sharded tensor only."""
+    dtypes(part)                                 # says in one line what torch would say in many
     with quiet(), unreadable(part):
         checkpoint.load(tensors, storage_reader=HuggingFaceStorageReader(part))
 
@@ -122,13 +141,17 @@ def put_back(part, note, named, optimizer, smoother, average):
     """Fill a new run with the state in `part`, after making room for what a new run does not have yet."""
     saved = dtypes(part)
     for name, p in named:
+        half = (f"exp_avg.{name}" in saved) != (f"exp_avg_sq.{name}" in saved)
+        with unreadable(part):
+            if saved[f"weights.{name}"] != p.dtype or half:
+                raise ValueError(f"the state of {name} is not whole")
         for key in ("step", "exp_avg", "exp_avg_sq"):
             if f"{key}.{name}" in saved:
                 like = torch.zeros(()) if key == "step" else p
                 optimizer.state[p][key] = torch.zeros_like(like, dtype=saved[f"{key}.{name}"])
         if f"kept.{name}" in saved:
             smoother.kept[p] = torch.zeros_like(p, dtype=saved[f"kept.{name}"])
-    if note["averaged"]:
+    if average and note["averaged"]:
         average.update()
         average.count = note["averaged"]
     smoother.draws = note["draws"]

@@ -98,7 +98,7 @@ def cells_of(run, metrics):
         out[Cell("scores", "", f"qa_forget_{name}")] = value
     names = {"UE": "UE", "held out": "UE_heldout", "UT": "UT"}
     for path in sorted(Path(run).glob("relearn*.json")):
-        result = read_json(path, "run relearn.py again", "args", "metrics")
+        result = read_json(path, "run relearn.py again", args=dict, metrics=dict)
         attack = result["args"].get("attack") or "relearning"
         budgets = result["metrics"]["budgets"]
         for b in budgets:
@@ -114,7 +114,7 @@ def cells_of(run, metrics):
     for kind, m in metrics.get("sharpness", {}).items():
         for column in ("top", "trace", "rise"):
             out[Cell(f"sharpness ({kind})", "", column)] = m[column]
-    return {cell: value for cell, value in out.items() if value is not None}
+    return {cell: float(value) for cell, value in out.items() if value is not None}
 
 
 def relearn_curve(folders):
@@ -171,7 +171,7 @@ class Runs:
                 f"{run}: a second run of {name} with seed {seed} and the same settings; drop one")
         try:
             self.seeds[settings][seed] = cells_of(run, metrics)
-        except (KeyError, TypeError, AttributeError) as e:
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise InputError(f"{run}: its evaluate.json or relearn*.json is not what the scripts write ({e!r}): "
                              "evaluate.py --overwrite and relearn.py write them again")
         self.names[settings] = name

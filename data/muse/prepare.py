@@ -48,8 +48,9 @@ if __name__ == "__main__":
         from transformers import AutoTokenizer
         try:
             tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=False)
-        except (OSError, ValueError) as e:
-            raise InputError(f"--tokenizer {args.tokenizer} does not load: {e}")
+        except Exception as e:                   # a foreign file can break a library anywhere
+            raise InputError(f"--tokenizer {args.tokenizer} does not load ({type(e).__name__}: {e}): "
+                             "name the folder or hub name of the model to unlearn")
         names = ["raw/forget", "raw/retain1", "verbmem/", "knowmem/", "privleak/"]
         folder = formats.fetch(REPO[args.corpus], names, args.source)
 

@@ -98,7 +98,7 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=runs.number(int, 1), default=8, help="passes over all questions")
     parser.add_argument("--lr", type=runs.RATE, default=2e-4,
                         help="of AdamW, linear to 0")
-    parser.add_argument("--batch_size", type=runs.number(int, 1), default=16, help="questions a step")
+    parser.add_argument("--batch_size", type=runs.BATCH, default=16, help="questions a step")
     parser.add_argument("--overwrite", action=argparse.BooleanOptionalAction, default=False,
                         help="teach again what is already there")
     runs.add_device(parser)
@@ -109,6 +109,8 @@ if __name__ == "__main__":
         target = args.out / "target"
         if target.exists() and not args.overwrite:
             raise InputError(f"{target} exists: use it, or replace it with --overwrite")
+        if target.exists():
+            runs.refuse_foreign(target, "prepare")
         model, tokenizer = models.load_model(args.model, args.device)
         files, taught = build(args.seed)
         formats.write_data(args.out, files, {"prompt": PROMPT, "seed": args.seed}, args.overwrite)

@@ -315,8 +315,16 @@ def prefix_task(teacher, tokenizer, rows, tokens, answer):
     depth = teacher.config.get_text_config().num_hidden_layers
     task = {"head": tokens.head, "ids": batch["input_ids"], "labels": batch["labels"],
             "mask": batch["attention_mask"].bool(), "layer": round(0.62 * depth)}
-    nothing = torch.zeros(1, 0, len(teacher.get_input_embeddings().weight), device=teacher.device)
-    return task | {"clean": gcg.run_prefix(teacher, nothing, task)[1][0]}
+    vocabulary = len(teacher.get_input_embeddings().weight)
+    try:
+        logits, states = gcg.run_prefix(teacher, torch.zeros(1, 0, vocabulary, device=teacher.device), task)
+        assert states.dim() == 4, f"states {tuple(states.shape)}"
+        assert logits.shape[-1] == vocabulary, f"{vocabulary} embeddings, {logits.shape[-1]} outputs"
+    except Exception as e:                       # a model can need its tokens by their ids
+        reason = str(e).strip().splitlines() or [""]
+        raise InputError(f"--attack prefix: {type(teacher).__name__} does not run on embeddings in the place of "
+                         f"tokens, with one state a token ({type(e).__name__}: {reason[0]})")
+    return task | {"clean": states[0]}
 
 
 def prefix_search(victim, teacher, tokenizer, rows, picks, prompt, settings, state):

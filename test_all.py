@@ -1273,6 +1273,18 @@ class Models(unittest.TestCase):
         loss.backward()
         return torch.cat([loss.detach().reshape(1), flat(p.grad for p in self.model.parameters())])
 
+    def test_texts_are_continued_one_by_one_where_padding_shows(self):
+        """Decoders of encoder-decoders count positions from the first token, padding or not."""
+        from transformers import BartConfig, BartForCausalLM
+        torch.manual_seed(0)
+        config = BartConfig(vocab_size=len(self.tokenizer), d_model=16, decoder_layers=2,
+                            decoder_ffn_dim=24, decoder_attention_heads=2, max_position_embeddings=64,
+                            init_std=0.3)
+        model = BartForCausalLM(config).eval()
+        prompts = [("the cat sat on the mat", ""), ("a dog", "")]
+        together = models.generate(model, self.tokenizer, prompts, 8)
+        self.assertEqual(together, models.generate(model, self.tokenizer, prompts, 8, 1))
+
     def test_token_logps_and_scores_match_a_loop_over_single_tokens(self):
         ids = self.samples[0][0][:4]
         self.assertEqual(models.encode(self.tokenizer, [("", TEXTS[3], "")], 4, max_len=4), [(ids, ids)])
@@ -2290,6 +2302,26 @@ class Adapters(Folder):
             self.assertEqual(adapters.share(model, adapters.matrices(model)),
                              f"{covered / whole:.0%} of the weights")
 
+    def test_layers_that_share_a_weight_share_its_adapter_and_are_counted_once(self):
+        model = little_llama(torch.float32)
+        one, other = (layer.mlp.up_proj for layer in model.model.layers[:2])
+        other.weight = one.weight
+        added, _ = self.trained(model)
+        self.assertNotIn("model.layers.1.mlp.up_proj", added.pairs)
+        x = torch.arange(12).reshape(2, 6)
+        with torch.no_grad():
+            adapted = model(x).logits
+            added.merge()
+            torch.testing.assert_close(model(x).logits, adapted)
+
+    def test_a_layer_of_one_row_takes_any_rank_and_kernels_of_convolutions_are_no_experts(self):
+        model = little_llama(torch.float32)
+        model.gate = torch.nn.Linear(16, 1)
+        model.conv = torch.nn.Conv1d(8, 8, 4)
+        model.probe = torch.nn.Parameter(torch.zeros(1, 1, 16))
+        self.assertFalse(adapters.experts(model))
+        self.assertIn("gate", adapters.Adapters(model, 8, 16).pairs)
+
     def test_rho_of_the_weights_is_the_derivative_of_the_products_norm(self):
         """In fp64, the products written out: they move by rho along d, and by its sign when flipped."""
         for model, _ in self.every_kind():
@@ -2954,6 +2986,17 @@ class Silent(Folder):
         tok.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>",
                                                                              special_tokens=ends)
         return tok
+
+    def test_an_encoder_is_refused(self):
+        """A model that sees the token it is to predict: its log-probabilities mean nothing."""
+        from transformers import BertConfig, BertLMHeadModel
+        sizes = {"vocab_size": len(words()), "hidden_size": 16, "num_hidden_layers": 2,
+                 "num_attention_heads": 2, "intermediate_size": 24, "max_position_embeddings": 64,
+                 "initializer_range": 0.3}
+        for decoder, says in ((True, None), (False, "no causal language model")):
+            model = BertLMHeadModel(BertConfig(**sizes, is_decoder=decoder))
+            flags = write_world(self.tmp / f"{decoder}", model)
+            self.run_script("unlearn.py", *flags, "--out", self.tmp / f"{decoder}-run", says=says)
 
     def test_a_tokenizer_that_appends_eos_shifts_no_border(self):
         model = little_llama()

@@ -23,23 +23,32 @@ from sam import accumulator
 
 # ---- which weights ------------------------------------------------------------------------------------
 
+def is_linear(m):
+    """Is a module y = W x + b and nothing else? Falcon's says so in words of its own."""
+    plain = type(m).forward is torch.nn.Linear.forward or type(m).__name__ == "FalconLinear"
+    return plain or isinstance(m, Conv1D)
+
+
 def linears(model):
-    """{name: module} of the nn.Linear and Conv1D layers but the output layer."""
+    """{name: module} of the linear layers but the output layer; of those that share a weight the first."""
     head = model.get_output_embeddings()
     found = {}
+    seen = set()
     for name, m in model.named_modules():
-        plain = isinstance(m, Conv1D) or type(m).forward is torch.nn.Linear.forward
-        if plain and m is not head:
+        if is_linear(m) and m is not head and m.weight not in seen:
             found[name] = m
+            seen.add(m.weight)
     return found
 
 
 def experts(model):
-    """{name: (module, attribute)} of the 3-D parameters: (E, rows, columns)."""
+    """{name: (module, attribute)} of the 3-D parameters, (E, rows, columns), but for kernels of convolutions and
+    stacks of vectors."""
     found = {}
     for name, m in model.named_modules():
         for attribute, p in m.named_parameters(recurse=False):
-            if p.dim() == 3 and p.is_floating_point():
+            matrix = p.dim() == 3 and min(p.shape[1:]) > 1 and not isinstance(m, torch.nn.Conv1d)
+            if matrix and p.is_floating_point():
                 found[f"{name}.{attribute}"] = (m, attribute)
     return found
 
@@ -99,22 +108,27 @@ class Adapters:
         rng = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.hooks = []
+        weights = {}
         for name, m in self.layers.items():
-            weight = m.weight.T if isinstance(m, Conv1D) else m.weight
-            self.pairs[name] = self.new_pair(name, weight, rank, rng)
+            weights[name] = m.weight.T if isinstance(m, Conv1D) else m.weight
         for name, (m, attribute) in self.fused.items():
-            self.pairs[name] = self.new_pair(name, getattr(m, attribute), rank, rng)
+            weights[name] = getattr(m, attribute)
+        largest = max(min(w.shape[-2:]) for w in weights.values())
+        if rank > largest:                       # a gate of one row takes any rank, and uses 1
+            raise InputError(f"--lora {rank}: no layer is larger than {largest}; choose {largest} or less")
+        for name, weight in weights.items():
+            self.pairs[name] = self.new_pair(weight, rank, rng)
         model.requires_grad_(False)
-        for name, m in self.layers.items():
-            self.hooks.append(m.register_forward_hook(self.hook(name)))
+        named = {m.weight: name for name, m in self.layers.items()}
+        for m in model.modules():                # layers that share a weight share its adapter
+            if is_linear(m) and m.weight in named:
+                self.hooks.append(m.register_forward_hook(self.hook(named[m.weight])))
         for name, (m, attribute) in self.fused.items():
             parametrize.register_parametrization(m, attribute, LowRank(self, name), unsafe=True)
 
-    def new_pair(self, name, weight, rank, rng):
+    def new_pair(self, weight, rank, rng):
         """(A, B) beside a weight (..., out, in)."""
         *lead, rows, columns = weight.shape
-        if rank > min(rows, columns):
-            raise InputError(f"--lora {rank}: {name} is {rows} x {columns}; choose {min(rows, columns)} or less")
         kind = {"device": weight.device, "dtype": accumulator(weight.dtype)}
         a = torch.randn(*lead, rank, columns, generator=rng) / math.sqrt(columns)
         return torch.nn.Parameter(a.to(**kind)), torch.nn.Parameter(torch.zeros(*lead, rows, rank, **kind))
@@ -199,9 +213,9 @@ class Adapters:
 
     def save(self, folder, base):
         """Write PEFT's two files, which peft.PeftModel.from_pretrained reads beside the model `base`."""
-        if self.fused:
-            raise InputError("--lora_save adapter: PEFT has no plain format for fused experts; save merged, or "
-                             "leave them out with --lora_modules")
+        if self.fused or len(self.hooks) > len(self.layers):
+            raise InputError("--lora_save adapter: PEFT has no plain format for fused experts and layers that "
+                             "share a weight; save merged, or leave them out with --lora_modules")
         rank = next(iter(self.pairs.values()))[0].shape[0]
         tensors = {}
         for name, (a, b) in self.pairs.items():

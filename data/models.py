@@ -52,7 +52,38 @@ def load_model(name, device="cpu", dtype=torch.float32):
                          "null in tokenizer_config.json")
     tokenizer.model_rows = rows                  # encode() refuses what the model has no embedding for
     # eval mode: with dropout the two passes of SAM, and the cached reference, would see different networks
-    return model.to(device).eval(), tokenizer
+    model.to(device).eval()
+    refuse_unfit(model, name)
+    return model, tokenizer
+
+
+def differ(one, other):
+    """Do two tensors of logits differ by more than rounding explains?"""
+    return (one - other).abs().max() > 0.02 * one.abs().max()
+
+
+@torch.no_grad()
+def refuse_unfit(model, name):
+    """Raise InputError unless the model says for every token what it makes of the ones before it, as no encoder
+    does. Tried on two texts that share their first token."""
+    def first(hidden, head):
+        assert hidden.dim() == 3, f"states {tuple(hidden.shape)}"
+        return head(hidden[:, :1])
+    said = []
+    for other in (4, 5):
+        ids = torch.tensor([[3, other, other, other]], device=model.device)
+        ids %= model.get_input_embeddings().num_embeddings
+        try:
+            out = with_head(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, first)
+        except Exception as e:                   # a model can want anything beside tokens
+            reason = str(e).strip().splitlines() or [""]
+            raise InputError(f"model {name}: {type(model).__name__} does not run on tokens alone, or not as one "
+                             f"state a token ({type(e).__name__}: {reason[0]})")
+        said.append(out.logits)
+    if differ(*said):
+        raise InputError(f"model {name}: what {type(model).__name__} says of a token depends on the tokens after "
+                         "it, so it is no causal language model (an encoder, if config.json says is_decoder "
+                         "false)")
 
 
 def read_model(name, dtype, adapted=()):
@@ -367,12 +398,26 @@ def stop_tokens(model, tokenizer):
     return ends - {None}
 
 
+def shows_padding(model, pad):
+    """Does padding on the left change what the model says next, as where positions count it or a state runs
+    through it? Tried on four tokens and two new ones."""
+    said = []
+    for front in (0, 3):
+        ids = [pad] * front + [3, 4, 5, 6]
+        mask = torch.tensor([[0] * front + [1] * 4], device=model.device)
+        ids = torch.tensor([ids], device=model.device) % model.get_input_embeddings().num_embeddings
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=2, min_new_tokens=2, output_logits=True,
+                             return_dict_in_generate=True)
+        said.append(out.logits[-1])
+    return differ(*said)
+
+
 @torch.no_grad()
 def generate(model, tokenizer, prompts, new, batch=64, desc="generating"):
     """The greedy continuation of each of prompts, [(text, where)]: texts of at most `new` tokens, cut at eos.
 
     Padded on the left, so that all rows of a batch continue at its end; the mask keeps the padding out of
-    attention and positions.
+    attention and positions. Where it does not, texts are continued one by one.
     """
     encoded = tokenize(tokenizer, [text for text, _ in prompts])
     context = context_of(model)
@@ -389,6 +434,8 @@ def generate(model, tokenizer, prompts, new, batch=64, desc="generating"):
     texts = [None] * len(prompts)
     bar = progress(len(prompts), desc)
     try:
+        if shows_padding(model, pad):
+            batch = 1
         for part in batches([len(ids) + new for ids in encoded], batch, 4 * PASS_TOKENS):
             x = collate([(encoded[i], encoded[i]) for i in part], pad, model.device, left=True)
             out = model.generate(x["input_ids"], attention_mask=x["attention_mask"])

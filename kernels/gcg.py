@@ -220,7 +220,8 @@ class Search:
         elif move != "delete":
             head = self.task["head"]
             with torch.no_grad():
-                logits = self.victim(torch.tensor([head + ids], device=self.victim.device)).logits[0]
+                x = torch.tensor([head + ids], device=self.victim.device)
+                logits = self.victim(x, use_cache=False).logits[0]
             logits = F.pad(logits, (0, 0, 1, 0))[len(head):]     # (P+1, V): row i is for token i
             scores = self.tokens.banned + logits
             self.state["calls"] += 1

@@ -6,6 +6,8 @@
     python evaluate.py MODEL --data data/muse/news --limit 20      # any Hugging Face folder, a quick look
     python evaluate.py out/*-s0 --show 6                           # look before you count: answers side by side
     python evaluate.py out/npo-s0 --attack prefix                  # a prompt that brings it back: 35 s
+    python evaluate.py out/*-s0 --attack context                   # is hearing of other facts enough?
+    python evaluate.py out/*-s0 data/tiny/seed0/retrained --probe 1 2      # is the answer in the states?
     python evaluate.py out/* --sharpness own --landscape 21 --json table.json    # assets/plot.py draws that
 
 The files of the data folder decide what is measured: UE and UT, and what each data/NAME/metrics.py adds. Reads
@@ -29,7 +31,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from tqdm import tqdm
 
-from data import formats, losses, models, processes, runs, scores, tables
+from data import formats, losses, models, processes, prompts, runs, scores, tables
 from data.finetune import draw_samples, finetune
 from data.formats import InputError
 from data.models import IGNORE
@@ -43,7 +45,8 @@ LETTERS = ("The following are multiple choice questions (with answers) about {su
 # ---- questions ----------------------------------------------------------------------------------------
 
 def ask(rows, prompt=None):
-    """Multiple-choice rows with "context" and "endings", the four texts that may follow it.
+    """Multiple-choice rows with "context", "asked", which is its beginning up to the question's end, and
+    "endings", the four texts that may follow it.
 
     With a prompt, a text with {question} in it, the choices' own texts are scored after it. Without one, the
     question and its choices are shown as LETTERS and " A" to " D" are scored.
@@ -53,12 +56,14 @@ def ask(rows, prompt=None):
         question = row["question"].strip()
         if prompt:
             context = prompt.replace("{question}", question)
+            before = prompt.split("{question}")[0]
             endings = [" " + choice.strip() for choice in row["choices"]]
         else:
             subject = row.get("subject", "the topic").replace("_", " ")
             context = LETTERS.format(*row["choices"], question=question, subject=subject)
+            before = LETTERS.split("{question}")[0].format(subject=subject)
             endings = [" A", " B", " C", " D"]
-        out.append(row | {"context": context, "endings": endings})
+        out.append(row | {"context": context, "endings": endings, "asked": before + question})
     return out
 
 
@@ -224,9 +229,7 @@ def score(run, args):
         if old["args"] == settings and (not args.records or "records" in old):
             formats.warn(f"{run}: cached scores ({path}); --overwrite scores again")
             return done, old["metrics"]
-    model, tokenizer = models.load_model(run, args.device, getattr(torch, settings["param_dtype"]))
-    if args.bos == "none":
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B")
+    model, tokenizer = load_as_scored(run, settings["param_dtype"], args)
     metrics, records = measure(model, tokenizer, Path(settings["data"]), settings, args.batch_size, retained)
     result = {"stage": "evaluate", "args": settings, **runs.provenance(args.device, start),
               "metrics": metrics}
@@ -237,12 +240,20 @@ def score(run, args):
     return done, metrics
 
 
+def load_as_scored(run, dtype, args):
+    """(model, tokenizer) of a run as --param_dtype and --bos want them."""
+    model, tokenizer = models.load_model(run, args.device, getattr(torch, dtype))
+    if args.bos == "none":
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B")
+    return model, tokenizer
+
+
 def read_scores(run):
     """RUN/evaluate.json."""
     path = run / "evaluate.json"
     fix = "score the run again with --overwrite"
     result = formats.read_json(path, fix, args=dict, metrics=dict)
-    more = {key: dict for key in ("sharpness", "landscape") if key in result["metrics"]}
+    more = {key: dict for key in ("sharpness", "landscape", "context", "probe") if key in result["metrics"]}
     formats.check_kinds(result["metrics"], more, f"{path}:1", fix)
     return result
 
@@ -285,66 +296,83 @@ def measure(model, tokenizer, data, settings, batch, retained):
     return metrics, records
 
 
-# ---- an attack by a prefix: kernels/gcg.py searches, this scores and saves ----------------------------
+# ---- what rows in front of a question bring back, and what the states say -----------------------------
 
-def with_prefix(rows, prefix):
-    """Questions asked as prefix + " " + their context."""
-    return [row | {"context": f"{prefix} {row['context']}"} for row in rows]
+def context_scores(model, tokenizer, data, args):
+    """{shots: {"UE": asked after so many forget rows (arXiv 2407.00106), "UE_retain": retain rows}}."""
+    rows = formats.spaced(load_questions(data).get("mcq_forget", []), args.limit)
+    if not rows:
+        raise InputError(f"{data} has no mcq_forget.jsonl: --attack context asks its questions")
+    found = {}
+    for part, name in (("forget", "UE"), ("retain", "UE_retain")):
+        corpus = formats.read_jsonl(Path(data) / f"{part}.jsonl", formats.text_row)
+        for shots in args.shots:
+            asked = prompts.in_context(rows, corpus, shots, max(args.shots), args.attack_seed)
+            try:
+                right = correct(model, tokenizer, asked)
+            except InputError as e:              # the text that is too long is ours
+                raise InputError(f"--shots {shots}: {e}; or ask for fewer")
+            found.setdefault(str(shots), {})[name] = 1 - share(right)
+    return found
 
 
-@torch.no_grad()
-def prefix_task(teacher, tokenizer, rows, tokens, answer):
-    """What a prefix is to bring back, as gcg.prefix_terms takes it: the questions as they are tokenised after a
-    word, then up to `answer` tokens of the teacher's own greedy answer, and the teacher's states at 62% depth.
-    """
-    gcg = kernel_file("gcg")
-    pad = tokenizer.pad_token_id or 0
-    samples = []
+def probe_scores(model, tokenizer, data, args):
+    """{layer: accuracy} of logistic regression from the residual stream, where a forget question's
+    answer is due, to the text of the right choice: is it the likeliest of the four (chance: .25)? It
+    learns from half of the facts and is asked about the other half, and the other way round."""
+    depth = len(models.blocks(model))
+    if max(args.probe) > depth:
+        raise InputError(f"--probe {max(args.probe)}: the model has {depth} layers")
+    rows = formats.spaced(load_questions(data).get("mcq_forget", []), args.limit)
+    texts = sorted({ending for row in rows for ending in row["endings"]})
+    parts = formats.halves(rows, args.attack_seed)
+    known = [row["endings"][row["answer"]] for row in rows]
+    if not {known[i] for i in parts[0]} & {known[i] for i in parts[1]}:
+        raise InputError(f"--probe: {data} has no mcq_forget.jsonl in which several facts have the same "
+                         "answer, so that one could tell of another")
+    choices = []
     for row in rows:
-        ids = tokens.after_word(row["context"])
-        x = torch.tensor([tokens.head + ids], device=teacher.device)
-        said = teacher.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=answer, do_sample=False,
-                                pad_token_id=pad)[0, x.shape[1]:].tolist()
-        if tokenizer.eos_token_id in said:
-            said = said[:said.index(tokenizer.eos_token_id)]
-        samples.append((ids + said, [IGNORE] * len(ids) + said))
-    if all(set(labels) == {IGNORE} for _, labels in samples):
-        raise InputError("the teacher answers none of the questions searched on: raise --attack_questions, or "
-                         "take another --attack_seed")
-    batch = models.collate(samples, pad, teacher.device)
-    depth = teacher.config.get_text_config().num_hidden_layers
-    task = {"head": tokens.head, "ids": batch["input_ids"], "labels": batch["labels"],
-            "mask": batch["attention_mask"].bool(), "layer": round(0.62 * depth)}
-    vocabulary = len(teacher.get_input_embeddings().weight)
-    try:
-        logits, states = gcg.run_prefix(teacher, torch.zeros(1, 0, vocabulary, device=teacher.device), task)
-        assert states.dim() == 4, f"states {tuple(states.shape)}"
-        assert logits.shape[-1] == vocabulary, f"{vocabulary} embeddings, {logits.shape[-1]} outputs"
-    except Exception as e:                       # a model can need its tokens by their ids
-        reason = str(e).strip().splitlines() or [""]
-        raise InputError(f"--attack prefix: {type(teacher).__name__} does not run on embeddings in the place of "
-                         f"tokens, with one state a token ({type(e).__name__}: {reason[0]})")
-    return task | {"clean": states[0]}
+        choices.append([texts.index(ending) for ending in row["endings"]])
+    choices = torch.tensor(choices)                                                  # (N, 4) classes
+    right = torch.tensor([texts.index(text) for text in known])                      # (N,) class
+    states = models.residuals(model, tokenizer, [(row["context"], row["where"]) for row in rows])
+    found = {}
+    for layer in args.probe:
+        hits = []
+        for learn, test in (parts, parts[::-1]):
+            seen = states[:, layer]
+            odds = kernel_file("probe").probe(seen[learn], right[learn], seen[test], len(texts))
+            best = odds.gather(1, choices[test]).argmax(1, keepdim=True)             # (M, K) -> (M, 1)
+            hits.append(choices[test].gather(1, best)[:, 0] == right[test])
+        found[str(layer)] = share(torch.cat(hits))
+    return found
 
+
+# ---- an attack by a prefix or suffix: kernels/gcg.py searches, this scores and saves ------------------
 
 def prefix_search(victim, teacher, tokenizer, rows, picks, prompt, settings, state):
     """(gcg.Search, tokens of an answer searched for) on the picked rows; lengths are cut to the context."""
     gcg = kernel_file("gcg")
-    tokens = gcg.Tokens(tokenizer, len(victim.get_input_embeddings().weight), rows[0]["context"],
-                        victim.device)
+    place = settings["attack_place"]
+    front, behind = prompts.around(rows[0], place)
+    vocabulary = len(victim.get_input_embeddings().weight)
+    tokens = gcg.Tokens(tokenizer, vocabulary, behind, victim.device, front)
     longest = max(len(tokens.bare(ending)) for row in rows for ending in row["endings"])
     answer = settings["attack_answer"]
     if prompt:                                   # the choices are the answers
         answer = min(answer, longest)
-    task = prefix_task(teacher, tokenizer, [rows[i] for i in sorted(picks)], tokens, answer)
-    question = max(len(tokens.after_word(row["context"])) for row in rows)
+    picked = [rows[i] for i in sorted(picks)]
+    task = prompts.prefix_task(teacher, tokenizer, picked, tokens, answer, place)
+    question = max(sum(map(len, tokens.around(*prompts.around(row, place)))) for row in rows)
     room = models.context_of(victim) or math.inf
     room -= len(tokens.head) + question + max(answer, longest)
     if room < 1:
-        raise InputError(f"the context of {models.context_of(victim)} tokens leaves no room for a prefix")
+        raise InputError(f"the context of {models.context_of(victim)} tokens leaves no room for a "
+                         f"{place}: take shorter questions")
     low, high = settings["attack_length"]
     how = {key: settings[f"attack_{key}"] for key in ("weights", "moves", "buffer")}
-    search = gcg.Search(victim, teacher, task, tokens, how, state, min(low, room), min(high, room),
+    other = None if victim is teacher else teacher               # nothing is to be compared with itself
+    search = gcg.Search(victim, other, task, tokens, how, state, min(low, room), min(high, room),
                         settings["attack_calls"], settings["attack_candidates"], settings["attack_topk"],
                         settings["attack_seed"])
     return search, answer
@@ -367,13 +395,17 @@ def attack_settings(run, done, args):
 
 def attack_prefix(run, done, args):
     """Search one prefix after which the victim, the model in `run`, answers as the teacher, the model before
-    unlearning, does without. Returns {"UE", "UE_heldout": on questions that the search did not use,
-    "UE_teacher": of the teacher after the same prefix, "prefix", ...}.
+    unlearning, does without; or one that makes the teacher itself surer (--attack_on teacher, arXiv
+    2408.10682). Returns {"UE", "UE_heldout": on questions that the search did not use, "UE_teacher": of
+    the teacher after the same prefix, "prefix", ...}.
 
     RUN/attack_METHOD.json holds result and state: an interrupted search goes on, and ends as if it never was.
     """
     start = time.time()
-    path = Path(run) / f"attack_{args.attack_method}.json"
+    name = args.attack_method
+    name += "_suffix" if args.attack_place == "suffix" else ""
+    name += "_teacher" if args.attack_on == "teacher" else ""
+    path = Path(run) / f"attack_{name}.json"
     settings = attack_settings(run, done, args)
     state = {"calls": 0, "iteration": 0, "best": [], "curve": []}
     if path.is_file() and not args.overwrite:
@@ -381,7 +413,7 @@ def attack_prefix(run, done, args):
         old = formats.read_json(path, fix, args=dict, state=dict, metrics=dict)
         kinds = {key: type(value) for key, value in state.items()}
         formats.check_kinds(old["state"], kinds, f"{path}:1", fix)
-        if old["args"] != settings:
+        if {"attack_place": "prefix", "attack_on": "unlearned"} | old["args"] != settings:
             raise InputError(f"{path} holds a search with other flags: --overwrite starts a new one")
         state = old["state"]
         if state["calls"] >= args.attack_calls:
@@ -396,17 +428,18 @@ def attack_prefix(run, done, args):
     teacher.requires_grad_(False)
     picks = random.Random(args.attack_seed).sample(range(len(rows)), min(args.attack_questions, len(rows)))
     prompt = formats.load_meta(settings["data"]).get("prompt")
-    search, answer = prefix_search(victim, teacher, tokenizer, rows, picks, prompt, settings, state)
+    searched = teacher if args.attack_on == "teacher" else victim
+    search, answer = prefix_search(searched, teacher, tokenizer, rows, picks, prompt, settings, state)
     every = max(1, args.attack_calls // 20)      # calls between points and saves
-    bar = tqdm(total=args.attack_calls, initial=state["calls"], desc=args.attack_method, unit="call")
+    bar = tqdm(total=args.attack_calls, initial=state["calls"], desc=name, unit="call")
     while not search.ended():
         before = state["calls"]
         search.step()
         bar.update(state["calls"] - before)
         if not search.ended() and state["calls"] // every == before // every:
             continue
-        metrics = prefix_scores(search, victim, teacher, tokenizer, rows, picks)
-        metrics["answer"] = answer
+        metrics = prefix_scores(search, victim, teacher, tokenizer, rows, picks, args.attack_place)
+        metrics |= {"answer": answer, "place": args.attack_place}
         point = {key: metrics[key] for key in ("calls", "loss", "UE")}
         point["tokens"] = len(state["best"][0][2])
         state["curve"].append(point)
@@ -417,11 +450,11 @@ def attack_prefix(run, done, args):
     return metrics
 
 
-def prefix_scores(search, victim, teacher, tokenizer, rows, picks):
+def prefix_scores(search, victim, teacher, tokenizer, rows, picks, place):
     """The "metrics" of the best prefix so far; the held-out questions and the teacher at the end only."""
     loss, terms, ids = search.state["best"][0]
     prefix = search.tokens.text(ids)
-    asked = with_prefix(rows, prefix)
+    asked = prompts.with_found(rows, prefix, place)
     hit = correct(victim, tokenizer, asked)                                          # (N,)
     metrics = {"UE": 1 - share(hit), "loss": loss, "terms": terms, "calls": search.state["calls"],
                "length": [search.low, search.high], "prefix": prefix}
@@ -490,12 +523,15 @@ def sharpness(model, loss, rho, steps, probes, seed=0):
 
 
 def extras(run, done, metrics, args):
-    """metrics and what --attack, --sharpness and --landscape find, or found before; evaluate.json keeps it."""
+    """metrics and what --attack, --probe, --sharpness and --landscape find or found before, which
+    evaluate.json keeps."""
     run = Path(run)
-    if (args.attack or args.sharpness or args.landscape) and processes.count() > 1:
-        raise InputError("--attack, --sharpness and --landscape need the whole model: run without torchrun")
-    found = {key: dict(metrics.get(key, {})) for key in ("sharpness", "landscape")} | {"attack": {}}
-    if args.attack:
+    if (args.attack or args.probe or args.sharpness or args.landscape) and processes.count() > 1:
+        raise InputError("--attack, --probe, --sharpness and --landscape need the whole model: run "
+                         "without torchrun")
+    found = {key: dict(metrics.get(key, {})) for key in ("sharpness", "landscape", "context", "probe")}
+    found["attack"] = {}
+    if args.attack == "prefix":
         attack_prefix(run, done, args)
     for path in sorted(run.glob("attack_*.json")):
         fix = "--attack prefix --overwrite searches again"
@@ -504,6 +540,16 @@ def extras(run, done, metrics, args):
         formats.check_kinds(result["metrics"], {"calls": int}, f"{path}:1", fix)
         if result["metrics"]["calls"] >= result["args"]["attack_calls"]:             # the search has ended
             found["attack"][path.stem.removeprefix("attack_")] = result["metrics"]
+    ways = {}                                    # what is scored as the questions are
+    if args.attack == "context":
+        ways["context"] = (context_scores, {"shots": args.shots, "attack_seed": args.attack_seed})
+    if args.probe:
+        ways["probe"] = (probe_scores, {"layers": args.probe, "attack_seed": args.attack_seed})
+    for name, (measured, settings) in ways.items():
+        if found[name].get("args") != settings or args.overwrite:
+            scored = score_settings(run, done, args)
+            model, tokenizer = load_as_scored(run, scored["param_dtype"], args)
+            found[name] = {"args": settings, "after": measured(model, tokenizer, scored["data"], args)}
     kind = args.sharpness or "own"
     wanted = {"sharpness": {key: value for key, value in vars(args).items() if key.startswith("sharpness_")},
               "landscape": {"points": args.landscape, "sharpness_rows": args.sharpness_rows}}
@@ -521,7 +567,7 @@ def extras(run, done, metrics, args):
             numbers = {"rise": (grid - loss().item()).tolist()}
         found[name][kind] = {"args": settings, **numbers}
     found = {key: value for key, value in found.items() if value}
-    if found != {key: metrics[key] for key in ("attack", "sharpness", "landscape") if key in metrics}:
+    if any(found[key] != metrics.get(key) for key in found):
         result = read_scores(run)
         formats.write_json(run / "evaluate.json", result | {"metrics": result["metrics"] | found})
     return metrics | found
@@ -604,12 +650,15 @@ def flags():
     g.add_argument("--bos", choices=["auto", "none"], default="auto",
                    help="first token: the tokenizer's, or none, as lm-eval 0.4.5 to 0.4.9 had it")
     g.add_argument("--ppl_rows", type=some, default=1024, help="most rows of a corpus for perplexity")
+    g.add_argument("--probe", type=any_number, nargs="+", default=[], metavar="LAYER",
+                   help="can a linear probe read answers to forget questions off the residual stream? "
+                   "0 = in front of the first block")
     g.add_argument("--batch_size", type=runs.BATCH, default=64,
                    help="most samples a pass; changes no result beyond rounding")
     g.add_argument("--param_dtype", choices=["float32", "bfloat16"],
                    help="of the weights (default: the run's, float32 for a plain model)")
     runs.add_device(g)
-    attack_flags(p.add_argument_group("an attack by a prefix (kernels/gcg.py)"))
+    attack_flags(p.add_argument_group("attacks by a prompt (kernels/gcg.py)"))
     g = p.add_argument_group("sharpness (kernels/curvature.py)")
     g.add_argument("--sharpness", choices=["own", "nll"],
                    help="of the run's own forget loss, or of the attacker's: mean NLL of forget text")
@@ -627,7 +676,14 @@ def attack_flags(g):
     """Add the flags of --attack to a group."""
     some = runs.number(int, 1)
     positive = runs.number(float, 0)
-    g.add_argument("--attack", choices=["prefix"], help="search one prefix that brings questions back")
+    g.add_argument("--attack", choices=["prefix", "context"],
+                   help="prefix: search one that brings it back; context: ask after rows of "
+                   "forget.jsonl about other facts, and of retain.jsonl")
+    g.add_argument("--shots", type=some, nargs="+", default=[1, 3], help="rows before a question")
+    g.add_argument("--attack_place", choices=["prefix", "suffix"], default="prefix",
+                   help="suffix: where the question itself ends, before \"Answer:\" or the choices")
+    g.add_argument("--attack_on", choices=["unlearned", "teacher"], default="unlearned",
+                   help="model searched on: the one that is scored, or that before unlearning")
     g.add_argument("--attack_method", choices=list(kernel_file("gcg").METHODS), default="gcg+",
                    help="gcg: cross-entropy and swaps only; random: the best of random prefixes")
     g.add_argument("--attack_calls", type=some, default=4000, help="model calls, the budget")
@@ -643,7 +699,8 @@ def attack_flags(g):
     g.add_argument("--attack_topk", type=some, default=64, help="tokens considered at each place")
     g.add_argument("--attack_answer", type=some, default=10,
                    help="tokens of the answer; at most the longest choice's where choices are answers")
-    g.add_argument("--attack_seed", type=runs.SEED, default=0, help="of questions and search")
+    g.add_argument("--attack_seed", type=runs.SEED, default=0,
+                   help="of questions and search; rows in front; halves of --probe")
     g.add_argument("--teacher", help="the model before unlearning (default: the run's --model)")
 
 

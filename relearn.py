@@ -6,18 +6,21 @@
     python relearn.py RUN --lr 5e-4 1e-3 2e-3 4e-3      # the worst case of a learning-rate sweep
     python relearn.py RUN --optimizer sgd --lr 1e-2     # does it take AdamW's steps to undo it?
     python relearn.py RUN --attack_data retain          # fine-tuning that never mentions the topic
+    python relearn.py RUN --samples 240 500 --mix .5    # longer, every second sample from the retain set
     python relearn.py RUN --lora 8 --lr 1e-2            # low-rank adapters; the weights stay as they are
     python relearn.py RUN --quantize 8 4 --prune 10 30  # no training at all
+    python relearn.py RUN --ablate 0 1 2                # take a direction out of the residual stream
     python relearn.py RUN --geometry                    # does it go where the smoother looked?
     python relearn.py data/tiny/seed0/retrained         # the yardstick: a model that never knew
 
 RUN is the folder that unlearn.py names at its end. Reads RUN/result.json (for the data and the seed), the
 model beside it and DATA/forget.jsonl. Writes RUN/relearn.json, or RUN/relearn_ATTACK.json for other data,
-optimizers, adapters and compression. Every budget starts from the same weights; the samples of a larger one
+optimizers, adapters and edits. Every budget starts from the same weights; the samples of a larger one
 contain those of a smaller one. No "fact" is told twice before each was told once, so N samples are N facts
 while there are so many, and UE_heldout is the UE on the questions about the other facts: it tells unlocking
 (old knowledge comes back) from re-teaching. Next: evaluate.py puts runs into one table.
 """
+import argparse
 import math
 import time
 from pathlib import Path
@@ -28,7 +31,7 @@ from tqdm import tqdm
 import evaluate
 import sam
 from data import adapters, formats, models, processes, runs, scores, tables
-from data.finetune import draw_samples, finetune
+from data.finetune import draw_mixed, finetune
 from data.formats import InputError
 
 
@@ -57,9 +60,45 @@ def prune(model, percent, args):
         weight.masked_fill_(out.view(weight.shape), 0)
 
 
+def directions(model, tokenizer, questions, args):
+    """[(D,)] for layers 0 to L, the directions of --ablate: the mean state at the last token of forget
+    questions minus that of retain questions, or with --teacher that model's on the same questions."""
+    parts = {}
+    for part in ("mcq_forget", "mcq_retain"):
+        parts[part] = [(row["context"], row["where"]) for row in questions.get(part, [])]
+    if not parts["mcq_forget"] or not (parts["mcq_retain"] or args.teacher):
+        raise InputError(f"--ablate compares states at questions: {args.data} needs mcq_forget.jsonl, "
+                         "and mcq_retain.jsonl or --teacher")
+    here = models.residuals(model, tokenizer, parts["mcq_forget"])                   # (N, L+1, D)
+    if args.teacher:
+        teacher = models.load_model(args.teacher, args.device, model.dtype)[0]
+        other = models.residuals(teacher, tokenizer, parts["mcq_forget"])
+    else:
+        other = models.residuals(model, tokenizer, parts["mcq_retain"])
+    if here.shape[1:] != other.shape[1:]:
+        raise InputError(f"--teacher {args.teacher} is of another size than {args.run}: name the model "
+                         "before unlearning")
+    between = sam.kernel_file("probe").between
+    return [between(a, b).to(model.device) for a, b in zip(here.unbind(1), other.unbind(1))]
+
+
+def ablate(model, layer, args):
+    """Project a direction out of the residual stream, at all tokens, in front of the first block and
+    behind each: that of one layer (arXiv 2406.11717, section 2.4), or with layer 0 each layer's own, as
+    ReFAT's attack does (arXiv 2409.20089). Returns the hooks that do it."""
+    if layer >= len(args.directions):
+        raise InputError(f"--ablate {layer}: the model has {len(args.directions) - 1} layers")
+    project_out = sam.kernel_file("probe").project_out
+
+    def project(here, states):
+        return project_out(states, args.directions[layer or here])
+    return models.on_stream(model, project)
+
+
 EDITS = {                                        # each has a flag of its name, with the amounts to try
     "quantize": quantize,
     "prune": prune,
+    "ablate": ablate,
 }
 
 
@@ -72,16 +111,27 @@ def try_edits(model, tokenizer, questions, args):
     """The "metrics" of an attack without training: each edit alone, from the same weights."""
     saved = [(p, p.detach().clone()) for p in model.parameters()]
     metrics = {"start": evaluate.ue_ut(model, tokenizer, questions), "budgets": []}
+    args = argparse.Namespace(**vars(args))
+    if args.ablate:
+        args.directions = directions(model, tokenizer, questions, args)
+    hooks = []
     try:
         for name, amount in edits(args):
-            EDITS[name](model, amount, args)
+            hooks += EDITS[name](model, amount, args) or []
             found = evaluate.ue_ut(model, tokenizer, questions)
             metrics["budgets"].append({"samples": 0, "epochs": 0, "UE_heldout": None, name: amount, **found,
                                        "draws": [found]})
-            sam.restore_(list(saved))
+            undo(list(saved), hooks)
     finally:
-        sam.restore_(saved)
+        undo(saved, hooks)
     return metrics
+
+
+def undo(saved, hooks):
+    """Put back the weights of saved = [(parameter, old weights)], and take off an edit's hooks."""
+    sam.restore_(saved)
+    while hooks:
+        hooks.pop().remove()
 
 
 # ---- attacks by fine-tuning ---------------------------------------------------------------------------
@@ -90,19 +140,23 @@ class Attack:
     """A model under attack: what every draw of every budget shares.
 
     rows: read_jsonl(forget.jsonl); questions: evaluate.load_questions(); objective: a function (kind, first)
-    -> evaluate.forget_objective(), for args.geometry. A seed fixes the sample list, the batches and the
-    adapters.
+    -> evaluate.forget_objective(), for args.geometry; others: rows for args.mix. A seed fixes the sample
+    list, the batches and the adapters.
     """
 
-    def __init__(self, model, tokenizer, rows, questions, args, objective=None):
+    def __init__(self, model, tokenizer, rows, questions, args, objective=None, others=()):
         self.model = model
         self.tokenizer = tokenizer
-        self.rows = rows
+        self.rows = [*rows, *others]
         self.questions = questions
         self.args = args
         self.pad = tokenizer.pad_token_id or 0
-        self.encoded = models.encode_rows(tokenizer, rows, models.context_of(model), args.max_len)
-        self.lists = [draw_samples(rows, max(args.samples), f"{args.seed} {d}") for d in range(args.draws)]
+        self.encoded = models.encode_rows(tokenizer, self.rows, models.context_of(model), args.max_len)
+        self.lists = {}                          # (draw, samples) -> indices of rows
+        for number in range(args.draws):
+            for count in args.samples:
+                seed = f"{args.seed} {number}"
+                self.lists[number, count] = draw_mixed(rows, others, count, args.mix, seed)
         self.saved = []
         if not args.lora:                        # adapters leave the weights as they are
             self.saved = [(p, p.detach().clone()) for p in model.parameters()]
@@ -117,7 +171,7 @@ class Attack:
     def draw(self, number, lr, count, epochs):
         """One draw of a budget, and the weights back: (scores, curve of UE, geometry or None)."""
         args = self.args
-        picks = self.lists[number][:count]
+        picks = self.lists[number, count]
         curve = [{"step": 0, "UE": self.start["UE"]}]
 
         def watch(step, steps):
@@ -163,6 +217,8 @@ class Attack:
                 mean[key] = sum(values) / len(values)
                 error[key] = scores.mean_se(values)[1]
         out = {"samples": count, "epochs": epochs, "lr": lr, **mean, "draws": found, "se": error}
+        if self.args.mix:
+            out["mixed"] = round(self.args.mix * count)              # so many samples are --mix_data's
         if self.args.curve_every:
             out["curves"] = curves                                   # one list of points a seed
         if self.goals:
@@ -201,18 +257,23 @@ def worst_case(metrics, drop):
 
 # ---- one run under attack -----------------------------------------------------------------------------
 
+def corpus(name, data):
+    """The rows of forget or retain of a data folder, or of a file anywhere."""
+    path = Path(data) / f"{name}.jsonl" if name in ("forget", "retain") else name
+    return formats.read_jsonl(path, formats.text_row)
+
+
 def attack(args, model=None, tokenizer=None):
     """Attack args.run (its model is loaded unless given), write the JSON file and print the table."""
     start = time.time()
     questions = evaluate.load_questions(args.data)
-    whole = args.attack == "compress" or args.lora or args.geometry
+    whole = edits(args) or args.lora or args.geometry
     if whole and processes.count() > 1:
-        raise InputError("--lora, --quantize, --prune and --geometry need whole weights: run without torchrun")
-    if args.attack != "compress":
-        path = args.attack_data
-        if path in ("forget", "retain"):
-            path = Path(args.data) / f"{path}.jsonl"
-        rows = formats.read_jsonl(path, formats.text_row)
+        raise InputError("--lora, --quantize, --prune, --ablate and --geometry need whole weights: run "
+                         "without torchrun")
+    if not edits(args):
+        rows = corpus(args.attack_data, args.data)
+        others = corpus(args.mix_data, args.data) if args.mix else ()
     if model is None:
         model, tokenizer = models.load_model(args.run, args.device, getattr(torch, args.param_dtype))
 
@@ -222,10 +283,10 @@ def attack(args, model=None, tokenizer=None):
 
     def objective(kind, first):
         return evaluate.forget_objective(kind, model, tokenizer, args.run, first=first, data=args.data)
-    if args.attack == "compress":
+    if edits(args):
         metrics = try_edits(model, tokenizer, questions, args)
     else:
-        metrics = Attack(model, tokenizer, rows, questions, args, objective).run()
+        metrics = Attack(model, tokenizer, rows, questions, args, objective, others).run()
     name = f"relearn_{args.attack}.json" if args.attack else "relearn.json"
     formats.write_json(Path(args.run) / name, {"stage": "relearn", "args": vars(args),
                                                **runs.provenance(args.device, start), "metrics": metrics})
@@ -289,6 +350,10 @@ def flags():
                    help="sgd has momentum .9 and wants a far larger --lr, here .01 to .03")
     g.add_argument("--attack_data", default="forget", metavar="{forget,retain,FILE.jsonl}",
                    help="what to fine-tune on; UE_heldout takes a row's fact for that of DATA's questions")
+    g.add_argument("--mix", type=runs.number(float, 0, 1), default=0.0, metavar="SHARE",
+                   help="of the samples of each budget, so large a share is of --mix_data instead")
+    g.add_argument("--mix_data", default="retain", metavar="{retain,FILE.jsonl}",
+                   help="retain, or unrelated text")
     g.add_argument("--lora", type=runs.number(int, 0), default=0, metavar="RANK",
                    help="train adapters of this rank, 0 = all weights")
     g.add_argument("--quantize", type=runs.number(int, 2, 16), nargs="+", default=[], metavar="BITS",
@@ -296,6 +361,10 @@ def flags():
     g.add_argument("--group", type=some, default=64, help="weights that share a scale; 64 or 128")
     g.add_argument("--prune", type=runs.number(float, 0, 100), nargs="+", default=[], metavar="PERCENT",
                    help="instead of training: zero the smallest weights of every matrix")
+    g.add_argument("--ablate", type=runs.number(int, 0), nargs="+", default=[], metavar="LAYER",
+                   help="instead of training: take the direction of this layer, forget minus retain, "
+                   "out of the residual stream; 0 = each layer's own")
+    g.add_argument("--teacher", help="the model before unlearning: --ablate takes run minus teacher")
     g = p.add_argument_group("looking closer")
     g.add_argument("--geometry", type=rate, nargs="?", const=1e-3, default=None, metavar="RHO",
                    help="compare the attack's displacement with what sam.py would perturb along; RHO (1e-3) "
@@ -316,19 +385,31 @@ def parse_args(argv=None):
     p = flags()
     args = p.parse_args(argv)
     trained = args.lora or args.attack_data != "forget" or args.geometry or args.optimizer != "adamw"
-    if edits(args) and trained:
-        p.error("--quantize and --prune train nothing: drop --lora, --attack_data, --optimizer and "
-                "--geometry, or attack in two calls")
+    if edits(args) and (trained or args.mix):
+        p.error("--quantize, --prune and --ablate train nothing: drop --lora, --attack_data, --mix, "
+                "--optimizer and --geometry, or attack in two calls")
+    if args.teacher and not args.ablate:
+        p.error(f"--teacher {args.teacher}: only --ablate compares with it")
+    if args.mix_data != "retain" and not args.mix:
+        p.error(f"--mix_data {args.mix_data}: say with --mix which share of the samples it is")
     if args.geometry and args.lora:
         p.error("--geometry looks at the weights, which --lora leaves as they are: drop one")
     parts = []
     if args.attack_data != "forget":
         parts.append(Path(args.attack_data).stem)
+    if args.mix:
+        parts.append(f"mix{100 * args.mix:g}")
+    if args.mix_data != "retain":
+        parts.append(Path(args.mix_data).stem)
     if args.lora:
         parts.append(f"lora{args.lora}")
     if args.optimizer != "adamw":
         parts.append(args.optimizer)
-    args.attack = "compress" if edits(args) else "_".join(parts)     # "" is fine-tuning on forget samples
+    if args.ablate and len(edits(args)) == len(args.ablate):
+        parts.append("ablate_teacher" if args.teacher else "ablate")
+    elif edits(args):
+        parts.append("compress")
+    args.attack = "_".join(parts)                # "" is fine-tuning on forget samples
     ran = runs.load_result(args.run)["args"]
     for name, fallback in (("data", None), ("seed", 0), ("max_len", 0), ("param_dtype", "float32")):
         if getattr(args, name) is None:

@@ -10,6 +10,7 @@ trains the built-in target once (cached in data/tiny/seed0) and runs the scripts
 only what it tests.
 """
 import contextlib
+import copy
 import functools
 import importlib.util
 import io
@@ -62,7 +63,7 @@ evaluate, relearn, unlearn = Lazy("evaluate"), Lazy("relearn"), Lazy("unlearn")
 formats, models, losses = Lazy("data.formats"), Lazy("data.models"), Lazy("data.losses")
 scores, tables, runs, states = Lazy("data.scores"), Lazy("data.tables"), Lazy("data.runs"), Lazy("data.states")
 memory, adapters, finetune = Lazy("data.memory"), Lazy("data.adapters"), Lazy("data.finetune")
-texts = Lazy("data.texts")
+texts, prompts = Lazy("data.texts"), Lazy("data.prompts")
 muse, tofu = Lazy("data.muse.metrics"), Lazy("data.tofu.metrics")
 
 
@@ -1654,6 +1655,74 @@ class Tables(Folder):
             self.assertGreater((image != 1).any(-1).mean(), 0.02, name)             # not an empty page
 
 
+# ---- evaluate.py --attack context and --probe, kernels/probe.py ---------------------------------------
+
+class Context(Folder):
+    def test_questions_follow_rows_about_other_facts_token_for_token(self):
+        model = little_llama()
+        write_world(self.tmp, model)
+        write_rows(self.tmp / "mcq_forget.jsonl", QUESTIONS)         # with their facts
+        args = evaluate.flags().parse_args("x --attack context --shots 3 1 --attack_seed 2".split())
+        with mock.patch.object(evaluate, "choice_logps", wraps=evaluate.choice_logps) as score:
+            found = evaluate.context_scores(model, words(), self.tmp, args)
+        told = {fact: words()(f"{text} the cat {text}").input_ids[1:] for fact, text in enumerate(TEXTS)}
+        shown = {}
+        asked = itertools.product(("UE", "UE_retain"), (3, 1))
+        for call, (name, shots) in zip(score.call_args_list, asked, strict=True):
+            wrong = []
+            for i, row in enumerate(call.args[2]):
+                ids = words()(row["context"]).input_ids[1:]
+                question = words()(PROMPT.replace("{question}", row["question"])).input_ids[1:]
+                facts = next(some for some in itertools.permutations(told, shots)
+                             if sum([told[fact] for fact in some], []) + question == ids)
+                self.assertNotIn(row["fact"], facts)
+                shown[name, i, shots] = facts
+                logps = [logps_alone(model, words(), row["context"], e).sum() for e in row["endings"]]
+                wrong.append(np.argmax(logps) != row["answer"])
+            self.assertEqual(found[str(shots)][name], np.mean(wrong))
+        for name, i, shots in shown:
+            self.assertEqual(shown[name, i, 1], shown[name, i, 3][:1])
+        self.assertGreater(len(set(shown.values())), 5)
+        cells = tables.cells_of(self.tmp, {"UE": 0.0, "UT": 0.0, "context": {"after": found}})
+        self.assertEqual(cells["UE", "context", "3 shots"], found["3"]["UE"])
+
+    def probed(self, answers, fillers):
+        """Accuracy of probes at layers 0 and 3 on questions that end in one of four words, each of 100
+        facts asked twice in the same words; answers: one a fact, a number below 4."""
+        rows = []
+        for i, answer in enumerate(answers):
+            question = f"{fillers[i]} {('cat', 'dog', 'mat', 'sat')[i % 4]}"
+            rows += 2 * [{"question": question, "choices": ["one", "two", "three", "four"],
+                          "answer": answer, "fact": i}]
+        write_rows(self.tmp / "mcq_forget.jsonl", rows)
+        (self.tmp / "meta.json").write_text(json.dumps({"prompt": "{question}"}))
+        args = evaluate.flags().parse_args("x --probe 0 3 --attack_seed 1".split())
+        return evaluate.probe_scores(little_llama(torch.float32), words(), self.tmp, args)
+
+    def test_a_probe_finds_a_linear_label_in_facts_it_did_not_see_and_nothing_in_shuffled_ones(self):
+        rng = random.Random(3)
+        some = "who ran on one two five six seven".split()
+        fillers = [" ".join(rng.choices(some, k=6)) for _ in range(100)]
+        planted = [i % 4 for i in range(100)]                        # the last word decides
+        found = self.probed(planted, fillers)
+        self.assertEqual(found["0"], 1)
+        self.assertGreater(found["3"], 0.6)                          # three random blocks later
+        rng.shuffle(planted)
+        for accuracy in self.probed(planted, fillers).values():      # 1 if a fact were in both halves
+            self.assertAlmostEqual(accuracy, 0.25, delta=3 * math.sqrt(0.25 * 0.75 / 100))
+
+    def test_a_probe_is_the_minimum_of_its_penalised_cross_entropy(self):
+        kernel = sam.kernel_file("probe")
+        x = torch.randn(30, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        y = (x[:, 0] > 0).long() + (x[:, 1] > 1).long()
+        weights, bias = kernel.fit(x, y, 3)
+        p = (x @ weights + bias).softmax(1) - F.one_hot(y, 3)        # the gradient by hand
+        self.assertLess((x.T @ p + weights).abs().max(), 1e-5)
+        self.assertLess(p.sum(0).abs().max(), 1e-5)
+        moved = kernel.probe(5 * x + 2, y, 5 * x + 2, 3)             # units do not matter
+        torch.testing.assert_close(kernel.probe(x, y, x, 3), moved, rtol=1e-5, atol=1e-5)
+
+
 # ---- kernels/gcg.py: a prefix that brings it back -----------------------------------------------------
 
 class Prefix(Folder):
@@ -1672,28 +1741,33 @@ class Prefix(Folder):
             "--attack_questions 2 --attack_length 8 11 --attack_candidates 4 --attack_topk 8 "
             f"--attack_answer 3 --attack_seed 4 {more}".split())
         metrics = evaluate.attack_prefix(self.tmp / "model", {"args": {}}, args)
-        return metrics, read_json(self.tmp / "model" / f"attack_{args.attack_method}.json")["state"]
+        paths = (self.tmp / "model").glob("attack_*.json")
+        return metrics, read_json(max(paths, key=os.path.getmtime))["state"]
 
     @torch.no_grad()
-    def by_hand(self, prefix, rows):
+    def by_hand(self, victim, prefix, rows, suffix=False):
         """The five terms of one prefix (token ids), by loops over questions and tokens."""
-        terms = {"answer": [], "same input": [], "clean input": []}
+        terms = {"answer": [], "same input": [], "clean input": [], "fluency": []}
         for row in rows:
             clean = self.tok(row["context"]).input_ids
+            at = len(clean) - 2 if suffix else 1                     # "Answer" and ":" come behind
             said = greedy(self.teacher, clean, 3) + [self.tok.eos_token_id]
             said = said[:said.index(self.tok.eos_token_id, len(clean))]
-            ids = clean[:1] + prefix + said[1:]
+            ids = clean[:at] + prefix + said[at:]
+            own = [t for t in range(1, len(ids)) if not at <= t < at + len(prefix)]
             states = []                                              # behind layer 2 of 3: 62%, rounded
-            for model, text in ((self.victim, ids), (self.teacher, ids), (self.teacher, said)):
+            for model, text, which in ((victim, ids, own), (self.teacher, ids, own),
+                                       (self.teacher, said, range(1, len(said)))):
                 out = model(torch.tensor([text]), output_hidden_states=True)
-                states.append(out.hidden_states[2][0, 1 - len(said):])
+                states.append(out.hidden_states[2][0, which])
             for own, taught, plain in zip(*states):
                 terms["same input"].append((own - taught).norm())
                 terms["clean input"].append(1 - F.cosine_similarity(own, plain, dim=0))
-            logps = self.victim(torch.tensor([ids])).logits[0].log_softmax(-1)
+            logps = victim(torch.tensor([ids])).logits[0].log_softmax(-1)
             for t in range(len(prefix) + len(clean), len(ids)):
                 terms["answer"].append(-logps[t - 1, ids[t]])
-        terms["fluency"] = [-logps[t, token] for t, token in enumerate(prefix)]
+            if row is rows[0]:
+                terms["fluency"] = [-logps[at + t - 1, token] for t, token in enumerate(prefix)]
         repeated = sum((count - 1) ** 1.5 for count in Counter(prefix).values())
         return [*map(np.mean, terms.values()), repeated / len(prefix)]
 
@@ -1702,7 +1776,7 @@ class Prefix(Folder):
         picks = random.Random(4).sample(range(4), 2)
         for loss, terms, ids in state["best"]:
             self.assertFalse(set(ids) & set(self.tok.all_special_ids))
-            want = self.by_hand(ids, [self.rows[i] for i in picks])
+            want = self.by_hand(self.victim, ids, [self.rows[i] for i in picks])
             np.testing.assert_allclose(terms, want, rtol=1e-4, atol=1e-5)
             self.assertAlmostEqual(loss, np.dot(want, [1, 1, 10, 1.5, 3]), places=3)
         self.assertIn(3, [max(Counter(ids).values()) for _, _, ids in state["best"]])    # a repetition
@@ -1721,6 +1795,23 @@ class Prefix(Folder):
         self.assertRaisesRegex(formats.InputError, "--overwrite", self.search, 101)    # other flags
         with self.assertRaisesRegex(formats.InputError, "teacher"):  # it says <eos> at once
             self.search(100, "--attack_questions 1 --attack_seed 1 --overwrite")
+
+    def test_a_suffix_stands_where_the_question_ends_and_may_be_found_on_the_teacher(self):
+        picks = sorted(random.Random(4).sample(range(4), 2))
+        for on, searched in (("unlearned", self.victim), ("teacher", self.teacher)):
+            flags = f"--attack_place suffix --attack_on {on}"
+            metrics, state = self.search(100, flags)
+            for loss, terms, ids in state["best"]:
+                want = self.by_hand(searched, ids, [self.rows[i] for i in picks], suffix=True)
+                np.testing.assert_allclose(terms, want, rtol=1e-4, atol=1e-5)
+            asked = evaluate.ask(QUESTIONS, PROMPT.replace("}", f"}} {metrics['prefix']}"))
+            wrong = ~evaluate.correct(self.victim, self.tok, asked).numpy()
+            self.assertEqual((metrics["UE"], metrics["UE_heldout"]),
+                             (wrong.mean(), np.delete(wrong, picks).mean()))
+            self.assertEqual(self.search(100, f"{flags} --overwrite")[0], metrics)
+        self.assertEqual(len(list(self.tmp.rglob("attack_gcg+_suffix*.json"))), 2)
+        letters = prompts.with_found(evaluate.ask(QUESTIONS), "x y", "suffix")[0]["context"]
+        self.assertIn("\n\nwho sat? x y\nA. the cat\n", letters)
 
     def test_calls_are_counted_and_end_the_search_and_the_gradient_finds_more_than_chance(self):
         gcg = sam.kernel_file("gcg")
@@ -1767,7 +1858,7 @@ class Curvature(Folder):
         teacher = little_llama(torch.float32, seed=1)
         write_world(self.tmp, teacher)
         ran = {"loss": "npo", "reduce": "sum", "beta": 0.1, "data": str(self.tmp), "seed": 0,
-               "model": str(self.tmp / "model")}
+               "model": str(self.tmp / "model"), "smooth": "none", "sam_flip": False, "margin": 0}
         formats.write_json(self.tmp / "result.json", {"stage": "unlearn", "args": ran})
         rows = formats.read_jsonl(self.tmp / "forget.jsonl", formats.text_row)
         for first, picks in ((None, range(5)), (0, [0, 2, 4]), (1, [1, 3])):     # 0 and 1 share no row
@@ -2060,7 +2151,7 @@ class Worlds(Folder):
         self.assertEqual(again("The sailor").input_ids, tok("The sailor").input_ids)
 
 
-# ---- relearn.py, data/finetune.py, kernels/geometry.py ------------------------------------------------
+# ---- relearn.py, data/finetune.py, kernels/geometry.py, kernels/probe.py ------------------------------
 
 def attack_args(**more):
     args = relearn.flags().parse_args("x --samples 4 --lr .1 --draws 1 --batch_size 2 --group 5".split())
@@ -2103,6 +2194,24 @@ class Relearn(unittest.TestCase):
         self.assertEqual(finetune.draw_samples(rows, 20, "5 0"), longest[:20])
         self.assertNotEqual(finetune.draw_samples(rows, 256, "5 1"), longest)
         self.assertRaisesRegex(formats.InputError, "are 1536", finetune.draw_samples, rows, 1537, "0")
+
+    def test_a_mix_trains_on_the_share_of_each_corpus_and_smaller_ones_are_contained(self):
+        rows = [{"text": text, "where": "here", "fact": i} for i, text in enumerate(TEXTS)]
+        others = [{"text": f"mat {text}", "where": "there"} for text in TEXTS]
+        args = attack_args(samples=[4, 8], mix=0.25, epochs=[2])
+        questions = {"mcq_forget": evaluate.ask(QUESTIONS, "{question}")}
+        with mock.patch.object(relearn, "finetune", wraps=finetune.finetune) as tune:
+            attack = relearn.Attack(little_llama(), words(), rows * 2, questions, args, None, others)
+            found = attack.run()
+        mat = words()("mat").input_ids
+        few, many = [Counter(tuple(ids) for ids, _ in call.args[1]) for call in tune.call_args_list]
+        for seen, count in ((few, 4), (many, 8)):
+            foreign = sum(n for ids, n in seen.items() if ids[:2] == tuple(mat))
+            self.assertEqual((seen.total(), foreign), (count, count // 4))
+        self.assertLessEqual(few, many)
+        self.assertEqual([budget["mixed"] for budget in found["budgets"]], [1, 2])
+        self.assertEqual([finetune.draw_mixed(rows, (), n, 0.0, "3") for n in (2, 5)],
+                         [finetune.draw_samples(rows, n, "3") for n in (2, 5)])
 
     def test_relearning_equals_a_plain_loop(self):
         for name, kind, more in (("adamw", torch.optim.AdamW, {"weight_decay": 0}),
@@ -2186,6 +2295,57 @@ class Relearn(unittest.TestCase):
         with mock.patch.object(evaluate, "ue_ut", side_effect=[{}, KeyboardInterrupt]):
             self.assertRaises(KeyboardInterrupt, relearn.try_edits, model, None, None, args)
         self.assertEqual(norm(model), norm(little_llama(torch.float32)))
+
+    @torch.no_grad()
+    def test_ablation_undoes_a_planted_rank_one_edit_and_a_random_direction_does_not(self):
+        teacher = little_llama()
+        for weight in (teacher.model.embed_tokens.weight.T, *[p for n, p in teacher.named_parameters()
+                                                              if "o_proj" in n or "down_proj" in n]):
+            weight[5] = 0                                            # nothing uses coordinate 5
+        model = copy.deepcopy(teacher)
+        model.model.layers[0].mlp.down_proj.weight[5] += 9 * torch.arange(24.0).sin()
+        rows = evaluate.ask(QUESTIONS, PROMPT)
+
+        def logps(model, *_):
+            return {"UE": evaluate.choice_logps(model, words(), rows), "UT": None}
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(evaluate, "ue_ut", logps):
+            args = attack_args(ablate=[1], teacher=write_model(folder, teacher), run="", device="cpu")
+            found = relearn.try_edits(model, words(), {"mcq_forget": rows}, args)
+            noise = F.normalize(torch.randn(4, 16, generator=torch.Generator().manual_seed(0)))
+            with mock.patch.object(relearn, "directions", lambda *_: noise):
+                blind = relearn.try_edits(model, words(), {"mcq_forget": rows}, args)
+        want = logps(teacher)["UE"]
+        damage = (found["start"]["UE"] - want).abs().mean()
+        self.assertGreater(damage, 1)
+        self.assertLess((found["budgets"][0]["UE"] - want).abs().max(), 1e-9)
+        self.assertGreater((blind["budgets"][0]["UE"] - want).abs().mean(), damage / 2)
+        self.assertTrue(torch.equal(logps(model)["UE"], found["start"]["UE"]))       # taken off again
+
+    @torch.no_grad()
+    def test_directions_are_differences_of_mean_states_and_ablation_leaves_nothing_along_them(self):
+        from transformers import GPT2Config, GPT2LMHeadModel
+        size = {"vocab_size": len(words()), "n_embd": 16, "n_layer": 2, "n_head": 2}
+        gpt2 = GPT2LMHeadModel(GPT2Config(**size, bos_token_id=1, eos_token_id=2)).double().eval()
+        texts = [(text, "") for text in TEXTS]
+        for model in (gpt2, little_llama()):
+            states = models.residuals(model, words(), texts, batch=2)                # with padding
+            for (text, _), got in zip(texts, states):
+                out = model(words()(text, return_tensors="pt").input_ids, output_hidden_states=True)
+                want = [h[0, -1] for h in out.hidden_states[:-1]]    # the last one is normalised there
+                torch.testing.assert_close(got[:-1], torch.stack(want))
+        rows = [{"context": text, "where": ""} for text in TEXTS]
+        args = attack_args()
+        parts = {"mcq_forget": rows[:2], "mcq_retain": rows[2:]}
+        args.directions = relearn.directions(model, words(), parts, args)
+        want = F.normalize(states[:2].mean(0) - states[2:].mean(0))
+        torch.testing.assert_close(torch.stack(args.directions), want)
+        for layer in (0, 2):
+            hooks = relearn.ablate(model, layer, args)
+            states = models.residuals(model, words(), texts)
+            relearn.undo([], hooks)
+            for i in range(1, 4):
+                self.assertLess((states[:, i] @ args.directions[layer or i]).abs().max(), 1e-12)
+                self.assertGreater(states[:, i].norm(dim=1).min(), 0.1)
 
     def test_aims_and_displacement_are_what_they_say_and_the_weights_stay(self):
         geometry = sam.kernel_file("geometry")
@@ -2413,7 +2573,8 @@ class Adapters(Folder):
             run = self.tmp / name
             self.run_script("unlearn.py", *flags, "--lora", 2, *save, "--out", run)
             self.run_script("relearn.py", run, "--samples", 3, "--draws", 1)
-            self.run_script("evaluate.py", run)
+            self.run_script("relearn.py", run, "--ablate", 0, 1)
+            self.run_script("evaluate.py", run, "--attack", "context", "--shots", 2)
             cells = tables.cells_of(run, read_json(run / "evaluate.json")["metrics"])
             found.append({cell: value for cell, value in cells.items() if cell.measure != "corpora"})
         self.assertEqual(*found)
@@ -3054,7 +3215,7 @@ class Silent(Folder):
         small = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, head_dim=8,
                      num_key_value_heads=1, intermediate_size=24, max_position_embeddings=64)
         gcg = sam.kernel_file("gcg")
-        task = {"head": [1], "ids": torch.tensor([[7, 8, 9]]), "layer": 1}
+        task = {"head": [1], "at": torch.tensor([0]), "ids": torch.tensor([[7, 8, 9]]), "layer": 1}
         prefix = torch.tensor([[4, 5]])
         for model in (GemmaForCausalLM(GemmaConfig(**small)), Gemma3ForCausalLM(Gemma3TextConfig(**small)),
                       little_llama(torch.float32, vocab_size=40)):
@@ -3371,6 +3532,7 @@ class Scripts(unittest.TestCase):
         _, folder = self.unlearned("attacked", "--steps", 3, "--no-relearn", "--sam_rho", 0)
         few = ("--samples", 4, "--seeds", 1)
         for flags, file in ((("--curve_every", 1), "relearn"), (("--attack_data", "retain"), "relearn_retain"),
+                            (("--mix", 0.5), "relearn_mix50"), (("--ablate", 0, 2), "relearn_ablate"),
                             (("--lora", 2, "--lr", 0.001, 0.01), "relearn_lora2"),
                             (("--optimizer", "sgd", "--lr", 0.1, "--geometry"), "relearn_sgd"),
                             (("--quantize", 8, "--prune", 50), "relearn_compress"),
@@ -3381,6 +3543,7 @@ class Scripts(unittest.TestCase):
         flags = (folder, "--attack", "prefix", "--attack_calls", 40, "--attack_length", 6, 8, "--sharpness",
                  "own", "--sharpness_rows", 8, "--sharpness_steps", 3, "--sharpness_probes", 2,
                  "--landscape", 3)
+        self.run_script("evaluate.py", folder, "--attack", "context", "--shots", 2, "--probe", 1, 2)
         out = self.run_script("evaluate.py", *flags)
         metrics = read_json(folder / "evaluate.json")["metrics"]
         search = read_json(folder / "attack_gcg+.json")
@@ -3388,8 +3551,10 @@ class Scripts(unittest.TestCase):
         self.assertEqual(search["args"]["teacher"], runs.load_result(folder)["args"]["model"])
         self.assertEqual(np.shape(metrics["landscape"]["own"]["rise"]), (3, 3))
         self.assertIn(f"{metrics['sharpness']['own']['rise']:.3f}", out)
-        for title in ("relearning", "lora2", "retain", "compress", "prefix"):
+        for title in ("relearning", "lora2", "retain", "compress", "prefix", "context", "mix50",
+                      "ablate"):
             self.assertIn(f"\nUE after {title}\n", out)
+        self.assertIn("accuracy of a probe", out)
         stamp = (folder / "evaluate.json").stat().st_mtime_ns
         again = self.run_script("evaluate.py", *flags)
         self.assertEqual((again, (folder / "evaluate.json").stat().st_mtime_ns), (out, stamp))   # kept
@@ -3515,7 +3680,12 @@ class BadInput(Folder):
             ((self.plain, *data, "--quantize", 4, "--lora", 2), "--lora"),
             ((self.plain, *data, "--prune", 101), "101"), ((self.plain, *data, "--quantize", 64), "at most 16"),
             ((self.plain, *data, "--geometry", "--lora", 1), "drop one"),
-            ((self.plain, *data, "--attack_data", "no.jsonl"), "no.jsonl")))
+            ((self.plain, *data, "--attack_data", "no.jsonl"), "no.jsonl"),
+            ((self.plain, *data, "--mix_data", "no.jsonl"), "--mix"),
+            ((self.plain, "--mix", 2), "at most 1"),
+            ((self.plain, *data, "--mix", 0.5, "--samples", 12), "6"),
+            ((self.plain, *data, "--ablate", 4), "3 layers"),
+            ((self.plain, *data, "--teacher", "x"), "--ablate")))
         self.refused("evaluate.py", (
             (("nowhere",), "nowhere"), ((self.plain,), "--data FOLDER"),
             ((self.plain, "--show", 2), "--data FOLDER"),
@@ -3524,6 +3694,11 @@ class BadInput(Folder):
             ((self.plain, *data, "--json", ""), "--json"),
             ((self.plain, *data, "--json", "/dev/null"), "--json"),
             ((self.plain, *data, "--attack", "suffix"), "suffix")))
+        for layer, says in ((4, "3 layers"), (1, "the same answer")):
+            self.run_script("evaluate.py", self.plain, *data, "--probe", layer, says=says)
+        for shots, says in ((5, "--shots 5"), (4, "ask for fewer")):
+            self.run_script("evaluate.py", self.plain, *data, "--attack", "context", "--shots", shots,
+                            says=says)
 
     def test_a_real_process_says_one_line_too(self):
         run = subprocess.run([sys.executable, str(ROOT / "unlearn.py"), "--out", str(self.world)],

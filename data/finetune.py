@@ -25,6 +25,16 @@ def draw_samples(rows, count, seed):
     return sorted(order, key=earlier.get)[:count]
 
 
+def draw_mixed(rows, others, count, share, seed):
+    """Indices of `count` of rows + others, round(share * count) of them of others; each part is drawn by
+    draw_samples, so that smaller draws are contained in larger ones."""
+    foreign = round(share * count)
+    picks = draw_samples(rows, count - foreign, seed)
+    for i in draw_samples(others, foreign, f"{seed} mix"):
+        picks.append(len(rows) + i)
+    return picks
+
+
 def finetune(model, samples, pad, lr, batch_size, epochs, seed, watch=None, optimizer="adamw", params=None):
     """Fine-tune model in place on encoded samples: mean NLL a token, AdamW or SGD with momentum .9, rate
     linear to 0. Trains params, or what of the model requires a gradient. watch(steps done, steps in all)

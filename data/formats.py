@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -282,6 +283,18 @@ def spaced(rows, limit):
     if not limit:
         return rows
     return rows[::max(1, -(-len(rows) // limit))]
+
+
+def halves(rows, seed):
+    """Indices of two halves of rows without a common fact; a row without one is a fact of its own."""
+    named = [str(row.get("fact", f"row {i}")) for i, row in enumerate(rows)]
+    order = sorted(set(named))
+    random.Random(seed).shuffle(order)
+    first = set(order[:len(order) // 2])
+    parts = [], []
+    for i, fact in enumerate(named):
+        parts[fact in first].append(i)
+    return parts
 
 
 # ---- published data sets, for data/*/prepare.py -------------------------------------------------------

@@ -110,7 +110,13 @@ def cells_of(run, metrics):
     names = {"UE": "UE", "held out": "UE_heldout", "teacher's UE": "UE_teacher"}
     for column, m in metrics.get("attack", {}).items():
         for measure, key in names.items():
-            out[Cell(measure, "prefix", column)] = m[key]
+            out[Cell(measure, m.get("place", "prefix"), column.replace("_suffix", ""))] = m[key]
+    names = {"UE": "UE", "UE with retain rows": "UE_retain"}
+    for shots, m in metrics.get("context", {}).get("after", {}).items():
+        for measure, key in names.items():
+            out[Cell(measure, "context", f"{shots} shots")] = m[key]
+    for layer, accuracy in metrics.get("probe", {}).get("after", {}).items():
+        out[Cell("accuracy of a probe", "", f"layer {layer}")] = accuracy
     for kind, m in metrics.get("sharpness", {}).items():
         for column in ("top", "trace", "rise"):
             out[Cell(f"sharpness ({kind})", "", column)] = m[column]

@@ -1,9 +1,10 @@
 """Search for a prefix that makes one model answer as another does: enhanced GCG (arXiv 2409.18025). Copy it alone.
 
-One universal prefix stands before several questions. Each iteration changes one of the best prefixes so far in
-`candidates` ways (swap a token by the gradient, delete, insert, or sample one from the model) and keeps the
-best. evaluate.py --attack prefix is the worked example. A model call is one pass of one model over the Q
-questions with one prefix; a gradient counts as three.
+One universal prefix stands before several questions, or, as a suffix (arXiv 2408.10682), inside each.
+Each iteration changes one of the best prefixes so far in `candidates` ways (swap a token by the
+gradient, delete, insert, or sample one from the model) and keeps the best. evaluate.py --attack prefix
+is the worked example. A model call is one pass of one model over the Q questions with one prefix; a
+gradient counts as three.
 
 Shapes: C candidates, H tokens of BOS (0 or 1), P of the prefix, Q questions, T their tokens, V vocabulary, D width.
 """
@@ -28,19 +29,32 @@ def embeddings(model):
     return layer(torch.arange(len(layer.weight), device=model.device))
 
 
+def places(task, P):
+    """(Q, P+T) where each token of prefix and question stands behind the head: task["at"] (Q,) tokens of
+    the question come first, none of them unless the prefix is a suffix."""
+    at = task["at"][:, None]
+    t = torch.arange(task["ids"].shape[1], device=at.device)
+    prefix = at + torch.arange(P, device=at.device)                                  # (Q, P)
+    return torch.cat([prefix, t + P * (t >= at)], 1)
+
+
 def run_prefix(model, onehot, task):
     """(logits (C, Q, H+P+T, V), states (C, Q, T, D) of the questions at task["layer"]) with onehot (C, P, V)
-    before every question. Questions are padded on the right, which causal attention never sees."""
+    at its place in every question. Questions are padded on the right, which causal attention never
+    sees."""
     table = embeddings(model)
     Q, T = task["ids"].shape
-    C = len(onehot)
+    C, P, _ = onehot.shape
+    each = torch.arange(Q, device=model.device)[:, None]
+    where = places(task, P)
     head = table[torch.tensor(task["head"], dtype=torch.long, device=model.device)]  # (H, D)
     prefix = onehot.to(table.dtype) @ table                                          # (C, P, D)
-    x = torch.cat([head.expand(C, Q, -1, -1), prefix[:, None].expand(-1, Q, -1, -1),
-                   table[task["ids"]].expand(C, -1, -1, -1)], 2)                     # (C, Q, H+P+T, D)
+    x = torch.cat([prefix[:, None].expand(-1, Q, -1, -1), table[task["ids"]].expand(C, -1, -1, -1)], 2)
+    x = x[:, each, where.argsort(1)]                                                 # (C, Q, P+T, D)
+    x = torch.cat([head.expand(C, Q, -1, -1), x], 2)
     out = model(inputs_embeds=x.flatten(0, 1), output_hidden_states=True, use_cache=False)
-    states = out.hidden_states[task["layer"]][:, -T:]
-    return out.logits.unflatten(0, (C, Q)), states.unflatten(0, (C, Q))
+    states = out.hidden_states[task["layer"]].unflatten(0, (C, Q))
+    return out.logits.unflatten(0, (C, Q)), states[:, each, len(task["head"]) + where[:, P:]]
 
 
 def prefix_terms(victim, teacher, onehot, task):
@@ -48,28 +62,32 @@ def prefix_terms(victim, teacher, onehot, task):
 
     mean cross-entropy of the teacher's answers; L2 distance of the victim's states to the teacher's on the
     same input (0 if teacher is None); 1 - cosine to the teacher's states on the clean input, both a mean over
-    the tokens of questions and answers; the prefix's own cross-entropy; sum of max(count - 1, 0)^1.5 / P.
+    the tokens of questions and answers; the prefix's own cross-entropy, where it stands in the first
+    question; sum of max(count - 1, 0)^1.5 / P.
 
-    task: {"head": H ids, "ids" (Q, T), "labels" (Q, T) with -100 where none, "mask" (Q, T) bool of real
-    tokens, "layer", "clean" (Q, T, D): the teacher's states without a prefix}.
+    task: {"head": H ids, "at": see places, "front": all ids before the first question's prefix, "ids"
+    (Q, T), "labels" (Q, T) with -100 where none, "mask" (Q, T) bool of real tokens, "layer", "clean"
+    (Q, T, D): the teacher's states without a prefix}.
     """
     C, P, _ = onehot.shape
-    T = task["ids"].shape[1]
-    H = len(task["head"])
+    Q, T = task["ids"].shape
     logits, states = run_prefix(victim, onehot, task)
     wide = torch.promote_types(logits.dtype, torch.float32)
-    logits = logits.to(wide)
+    before = len(task["head"]) + places(task, P) - 1             # (Q, P+T) the place that predicts each
+    each = torch.arange(Q, device=before.device)[:, None]
+    predicts = logits[:, each, before[:, P:].clamp_min(0)].to(wide)                  # (C, Q, T, V)
     states = states.to(wide)
     same = run_prefix(teacher, onehot, task)[1] if teacher else states
 
     def mean(x):                                                                     # (C, Q, T) -> (C,)
         return (x * task["mask"]).sum((1, 2)) / task["mask"].sum()
     labels = task["labels"].expand(C, -1, -1).flatten()
-    nll = F.cross_entropy(logits[:, :, -T - 1:-1].flatten(0, 2), labels, reduction="none")
+    nll = F.cross_entropy(predicts.flatten(0, 2), labels, reduction="none")
     answers = nll.view(C, -1).sum(1) / (task["labels"] != -100).sum()
     same_input = mean((states - same).norm(dim=-1))
     clean_input = mean(1 - F.cosine_similarity(states, task["clean"].to(wide), dim=-1))
-    said = logits[:, 0, max(H - 1, 0):H + P - 1].log_softmax(-1)     # without BOS nothing predicts the first
+    told = before[0, :P][before[0, :P] >= 0]                     # without BOS nothing predicts the first
+    said = logits[:, 0, told].to(wide).log_softmax(-1)
     fluency = -(onehot[:, P - said.shape[1]:] * said).sum(-1).mean(1)
     repetition = (onehot.sum(1) - 1).clamp_min(0).pow(1.5).sum(1) / P
     return torch.stack([answers, same_input, clean_input, fluency, repetition], 1)
@@ -79,11 +97,13 @@ def prefix_terms(victim, teacher, onehot, task):
 
 class Tokens:
     """Which tokens a prefix may have, and its text. Special ones are banned, and a prefix must be what its own
-    text, followed by a question, is read as. question: the text of one; vocabulary: V of the model."""
+    text, followed by a question, is read as. question: the text of one; vocabulary: V of the model. Of a
+    suffix, question is what stands behind it, and front, a text, what stands before."""
 
-    def __init__(self, tokenizer, vocabulary, question, device):
+    def __init__(self, tokenizer, vocabulary, question, device, front=""):
         self.tokenizer = tokenizer
         self.question = question
+        self.front = front
         self.head = self.in_front()
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         special |= {*tokenizer.all_special_ids}
@@ -106,19 +126,28 @@ class Tokens:
         """The ids of a text as it is read after a word."""
         return self.bare("a " + text)[len(self.bare("a")):]
 
+    def around(self, front, question):
+        """(ids in front of a prefix, ids behind it) where it stands between two texts."""
+        if not front:
+            return [], self.after_word(question)
+        return self.bare(front), self.bare("a" + question)[len(self.bare("a")):]
+
     def text(self, ids):
         """The text of a prefix."""
         return self.tokenizer.decode(ids).strip()
 
     def survives(self, ids):
         """Does decoding, putting a question behind, and encoding again give the same tokens?"""
-        again = self.bare(f"{self.text(ids)} {self.question}")
-        return again == ids + self.after_word(self.question)
+        before, behind = self.around(self.front, self.question)
+        if self.front:
+            return self.bare(f"{self.front} {self.text(ids)}{self.question}") == before + ids + behind
+        return self.bare(f"{self.text(ids)} {self.question}") == ids + behind
 
     def fresh(self, rng, length):
         """A random prefix that survives; ValueError when none of 100 does."""
         for _ in range(100):
-            ids = self.bare(self.text(rng.choices(self.allowed, k=length)))[:length]
+            text = self.text(rng.choices(self.allowed, k=length))
+            ids = (self.after_word(text) if self.front else self.bare(text))[:length]
             if len(ids) == length and self.survives(ids):
                 return ids
         raise ValueError("of 100 random prefixes none survives decoding and encoding again")
@@ -218,11 +247,11 @@ class Search:
             scores = self.tokens.banned - torch.autograd.grad(loss, x)[0][0]         # (P, V)
             self.state["calls"] += 3 * self.each
         elif move != "delete":
-            head = self.task["head"]
+            front = self.task["front"]
             with torch.no_grad():
-                x = torch.tensor([head + ids], device=self.victim.device)
+                x = torch.tensor([front + ids], device=self.victim.device)
                 logits = self.victim(x, use_cache=False).logits[0]
-            logits = F.pad(logits, (0, 0, 1, 0))[len(head):]     # (P+1, V): row i is for token i
+            logits = F.pad(logits, (0, 0, 1, 0))[len(front):]    # (P+1, V): row i is for token i
             scores = self.tokens.banned + logits
             self.state["calls"] += 1
         return mutate(ids, move, scores, self.candidates, self.topk, rng)

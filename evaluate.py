@@ -31,7 +31,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from tqdm import tqdm
 
-from data import formats, losses, models, processes, prompts, runs, scores, tables
+from data import formats, losses, models, processes, prompts, runs, scores, stream, tables
 from data.finetune import draw_samples, finetune
 from data.formats import InputError
 from data.models import IGNORE
@@ -335,7 +335,7 @@ def probe_scores(model, tokenizer, data, args):
         choices.append([texts.index(ending) for ending in row["endings"]])
     choices = torch.tensor(choices)                                                  # (N, 4) classes
     right = torch.tensor([texts.index(text) for text in known])                      # (N,) class
-    states = models.residuals(model, tokenizer, [(row["context"], row["where"]) for row in rows])
+    states = stream.residuals(model, tokenizer, [(row["context"], row["where"]) for row in rows])
     found = {}
     for layer in args.probe:
         hits = []

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import evaluate
 import sam
-from data import adapters, formats, models, processes, runs, scores, tables
+from data import adapters, formats, models, processes, runs, scores, stream, tables
 from data.finetune import draw_mixed, finetune
 from data.formats import InputError
 
@@ -69,12 +69,12 @@ def directions(model, tokenizer, questions, args):
     if not parts["mcq_forget"] or not (parts["mcq_retain"] or args.teacher):
         raise InputError(f"--ablate compares states at questions: {args.data} needs mcq_forget.jsonl, "
                          "and mcq_retain.jsonl or --teacher")
-    here = models.residuals(model, tokenizer, parts["mcq_forget"])                   # (N, L+1, D)
+    here = stream.residuals(model, tokenizer, parts["mcq_forget"])                   # (N, L+1, D)
     if args.teacher:
         teacher = models.load_model(args.teacher, args.device, model.dtype)[0]
-        other = models.residuals(teacher, tokenizer, parts["mcq_forget"])
+        other = stream.residuals(teacher, tokenizer, parts["mcq_forget"])
     else:
-        other = models.residuals(model, tokenizer, parts["mcq_retain"])
+        other = stream.residuals(model, tokenizer, parts["mcq_retain"])
     if here.shape[1:] != other.shape[1:]:
         raise InputError(f"--teacher {args.teacher} is of another size than {args.run}: name the model "
                          "before unlearning")
@@ -92,7 +92,7 @@ def ablate(model, layer, args):
 
     def project(here, states):
         return project_out(states, args.directions[layer or here])
-    return models.on_stream(model, project)
+    return stream.on_stream(model, project)
 
 
 EDITS = {                                        # each has a flag of its name, with the amounts to try

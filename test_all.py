@@ -63,7 +63,9 @@ evaluate, relearn, unlearn = Lazy("evaluate"), Lazy("relearn"), Lazy("unlearn")
 formats, models, losses = Lazy("data.formats"), Lazy("data.models"), Lazy("data.losses")
 scores, tables, runs, states = Lazy("data.scores"), Lazy("data.tables"), Lazy("data.runs"), Lazy("data.states")
 memory, adapters, finetune = Lazy("data.memory"), Lazy("data.adapters"), Lazy("data.finetune")
-texts, prompts = Lazy("data.texts"), Lazy("data.prompts")
+texts, prompts, stream = Lazy("data.texts"), Lazy("data.prompts"), Lazy("data.stream")
+undo, latent, optimizers = Lazy("data.undo"), Lazy("data.latent"), Lazy("data.optimizers")
+split, merge, ilu = Lazy("data.split"), Lazy("data.merge"), Lazy("data.ilu")
 muse, tofu = Lazy("data.muse.metrics"), Lazy("data.tofu.metrics")
 
 
@@ -195,6 +197,11 @@ def write_world(folder, model, tokenizer=None):
     (folder / "meta.json").write_text(json.dumps({"prompt": PROMPT}))
     return ["--model", folder / "model", "--data", folder, "--steps", 5, "--batch_size", 3, "--warmup", 0,
             "--no-relearn"]
+
+
+def saved(folder, *names):
+    """[the bytes of model.safetensors] of some runs in a folder."""
+    return [(folder / name / "model.safetensors").read_bytes() for name in names]
 
 
 def run_here(name, *flags):
@@ -1234,7 +1241,10 @@ class Losses(unittest.TestCase):
         pairs = zip((*losses.FORGET, "rmu"), itertools.cycle(unlearn.SMOOTHERS))
         lines = [f"--loss {loss} --smooth {smooth}" for loss, smooth in pairs]
         for line in (*lines, "--smooth none --reduce sum --retain kl", "--sam_direction random",
-                     "--loss rmu --sam_direction momentum", "--sam_direction lookahead --sam_norm linf"):
+                     "--loss rmu --sam_direction momentum", "--sam_direction lookahead --sam_norm linf",
+                     "--optimizer zo --smooth none", "--optimizer hybrid --zo_every 1 --sam_rho .1",
+                     "--latent direction --smooth none", "--latent_eps .5",
+                     "--loss rmu --latent_eps 1 --latent_layer 1 --smooth rs"):
             whole = self.stepped(f"{line} --steps 2 --lr .01")
             self.assertGreater(whole[2:].norm().item(), 1e-3)
             np.testing.assert_allclose(self.stepped(f"{line} --steps 2 --lr .01", 2), whole, 1e-6, 1e-11)
@@ -1255,6 +1265,314 @@ class Losses(unittest.TestCase):
             torch._foreach_add_(params, ascent, alpha=0.5 / flat(ascent).norm().item())
         want = flat(forget_gradient()) + 3 * flat(retain)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-6)  # Llama's norm is in fp32 even here
+
+
+# ---- data/undo.py -------------------------------------------------------------------------------------
+
+class Undo(Folder):
+    def test_damage_shrinks_everything_and_puts_xaviers_noise_into_matrices(self):
+        torch.manual_seed(0)
+        params = [torch.randn(300, 200), torch.randn(50), torch.randn(2, 60, 90)]
+        params.append(torch.randn(90, 50).bfloat16())
+        found = {}
+        for how in ((0.3, 0.5), (1, 0), (0, 0.5), (0.3, 0)):
+            found[how] = [p.clone() for p in params]
+            undo.damage_(found[how], *how, seed=3)
+        self.assertTrue(same(found[0, 0.5], params))
+        self.assertFalse(flat(found[1, 0]).any())
+        self.assertTrue(same(found[0.3, 0][:3], [0.7 * p for p in params[:3]]))
+        self.assertTrue(torch.equal(found[0.3, 0.5][1], 0.7 * params[1]))
+        before = [params[0], *params[2], params[3]]
+        matrix, _, experts, half = found[0.3, 0.5]
+        for old, new in zip(before, [matrix, *experts, half]):
+            xi = (new.float() - 0.7 * old.float()) / 0.3 / 0.5
+            bound = math.sqrt(6 / sum(old.shape))                    # Glorot and Bengio 2010, eq. 16
+            self.assertLess(xi.abs().max(), 1.2 * bound)             # bf16 rounds
+            self.assertAlmostEqual(xi.std().item() / bound, 3 ** -0.5, delta=0.03)
+
+    def test_a_step_goes_down_the_forward_kl_to_the_teacher(self):
+        teacher, model, other = little_llama(), little_llama(seed=1), little_llama(seed=1)
+        micro = losses.micro_batches(text_samples(), range(5), 2, 0, "cpu")
+        optimizer = torch.optim.SGD(list(model.parameters()), lr=9.0)
+        found = undo.distil(model, teacher, optimizer, iter([micro]), 1, 0.5)
+        total = 0.0
+        for ids, _ in text_samples():
+            p, q = (m(torch.tensor([ids])).logits[0, :-1].log_softmax(-1) for m in (teacher, other))
+            total = total + (p.exp() * (p - q)).sum()
+        mean = total / sum(len(ids) - 1 for ids, _ in text_samples())
+        step = 0.5 * flat(torch.autograd.grad(mean, list(other.parameters())))
+        self.assertAlmostEqual(found[0], mean.item(), places=9)
+        moved = flat(other.parameters()) - flat(model.parameters())
+        torch.testing.assert_close(moved, step, rtol=1e-4, atol=1e-7)
+
+    def test_without_damage_the_kl_is_0_and_no_weight_moves(self):
+        flags = write_world(self.tmp / "world", little_llama(torch.float32))
+        how = ["--loss", "none", "--undo_alpha", 0, "--undo_beta", 1, "--undo_steps", 3]
+        for chunk in (2**24, 100):                                   # of logits: all, and three rows
+            with mock.patch.object(models, "CHUNK", chunk):
+                self.run_script("unlearn.py", *flags, *how, "--overwrite", "--out", self.tmp / "run")
+            result = read_json(self.tmp / "run" / "result.json")
+            self.assertEqual((result["undo"], result["curve"]), ([0, 0, 0], []))
+            self.assertEqual(saved(self.tmp, "run"), saved(self.tmp, "world/model"))
+
+    def test_undo_after_the_last_step_is_undo_of_the_finished_run_also_after_a_kill(self):
+        flags = [*write_world(self.tmp / "world", little_llama(torch.float32)), "--smooth", "sam+wa"]
+        after = ["--undo_alpha", 0.3, "--undo_beta", 0.1, "--undo_steps", 4, "--undo_lr", 1e-3]
+        self.run_script("unlearn.py", *flags, "--out", self.tmp / "plain")
+        more = ["--gradient_checkpointing", "--out", self.tmp / "whole"]
+        self.run_script("unlearn.py", *flags, *after, *more)
+        alone = ["--loss", "none", "--model", self.tmp / "plain", "--out", self.tmp / "alone"]
+        self.run_script("unlearn.py", *flags[2:-2], *after, *alone)
+        for at in (4, 7):                                            # in a step of sam, in one of UNDO
+            more = [*flags, *after, "--save_every", 2, "--out", self.tmp / f"killed{at}"]
+            self.assertEqual(Runs.broken_off(self, at, *more), 130)
+            self.run_script("unlearn.py", *more, "--resume")
+        self.assertEqual(len({*saved(self.tmp, "whole", "alone", "killed4", "killed7")}), 1)
+        name = tables.method(read_json(self.tmp / "alone" / "result.json"))[0]
+        self.assertEqual(name, "npo+sam+wa, undone")
+
+
+# ---- data/latent.py and data/direction.py -------------------------------------------------------------
+
+class Latent(Folder):
+    def attack(self, layers=3, **more):
+        """An attack as --latent makes it, its model, micro-batches of a forget and of a retain set."""
+        model = little_llama(num_hidden_layers=layers)
+        given = {"latent": "adversary", "latent_eps": 0.7, "latent_layer": 1, "latent_steps": 6,
+                 "loss": "npo", "seed": 3}
+        forget = losses.micro_batches(text_samples(), range(5), 5, 0, "cpu")
+        retain = losses.micro_batches(text_samples(TEXTS[::-1]), range(3), 2, 0, "cpu")
+        return latent.make(SimpleNamespace(**given | more), model), model, forget, retain
+
+    def inputs(self, attack, step, model, forget, retain):
+        """Each layer's input in a step of the attack, [(B, T, D)]."""
+        attack.begin(step, forget, retain)
+        attack.prepare(forget)
+        with attack.attacking(forget[0]):
+            found = stream.inputs_of(model, forget[0], models.blocks(model))
+        self.assertFalse(any(block._forward_pre_hooks for block in models.blocks(model)))
+        return found
+
+    def test_on_a_linear_tail_the_shift_has_a_closed_form(self):
+        torch.manual_seed(0)
+        w, h = torch.randn(2, 2, 4, 3).double()
+        mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+        real = w * mask[:, :, None]                                  # nothing counts at the padding
+        want = -0.6 * real / real.flatten(1).norm(dim=1)[:, None, None]
+
+        def shift(low, high, eps=0.6, sign=1):
+            zero = torch.zeros_like(h)
+            return latent.adversary(lambda d: sign * (w * d).sum(), h, mask, eps, 6, zero, low, high)
+        exactly(shift(-99, 99), want)
+        exactly(shift(-99, 99, sign=-1), -want)
+        exactly(shift(-99, 99, eps=0.1), want / 6)
+        self.assertFalse(shift(-99, 99, eps=0.0).any())
+        h[1, 2:] = 9                                                 # padding, out of the others' range
+        low, high = h[mask.bool()].min(), h[mask.bool()].max()
+        far = h + shift(low, high, 5.0)
+        exactly(torch.stack([far[mask.bool()].min(), far[mask.bool()].max()]), torch.stack([low, high]))
+        self.assertTrue((far[1, 2:] == 9).all())
+
+    def test_the_nll_falls_within_the_ball_and_the_range_from_the_layer_on_and_padding_stays(self):
+        attack, model, forget, retain = self.attack()
+        batch = forget[0]
+        plain = model(**batch, output_hidden_states=True).hidden_states
+        inputs = self.inputs(attack, 4, model, forget, retain)
+        self.assertTrue(torch.equal(inputs[0], plain[0]))            # before the layer
+        delta = inputs[1] - plain[1]
+        real = batch["attention_mask"].bool()
+        self.assertFalse(delta[~real].any())
+        size = delta.flatten(1).norm(dim=1)
+        self.assertTrue(0.5 < size.min() and size.max() < 0.7 + 1e-6, size)
+        self.assertGreater(inputs[1][real].min(), plain[1][real].min() - 1e-6)
+        self.assertLess(inputs[1][real].max(), plain[1][real].max() + 1e-6)
+        nll = []
+        for scale in (-1, 0, 1):
+            with stream.at_input(models.blocks(model)[1], lambda h: h + scale * delta):
+                nll.append(-models.token_logps(model, batch)[0].sum(1).detach())
+        self.assertTrue((nll[2] < nll[1]).all() and (nll[1] < nll[0]).all(), nll)
+        for step, equal in ((4, True), (5, False)):                  # one for all passes of a step
+            again = self.inputs(attack, step, model, forget, retain)
+            self.assertEqual(torch.equal(again[1], inputs[1]), equal)
+
+    def test_what_is_taken_out_is_the_difference_of_mean_last_states_of_half_the_samples(self):
+        attack, model, forget, retain = self.attack(layers=4, latent="direction")
+        means = []
+        for some in (TEXTS, TEXTS[::-1][:3]):
+            states = []
+            for ids, _ in text_samples(some):
+                found = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+                states.append(torch.stack(found[1:4])[:, 0, -1])     # (L, D) of the last 3 of 4
+            means.append(torch.stack(states).mean(0))
+        r = F.normalize(means[0] - means[1]).detach()
+        plain = stream.inputs_of(model, forget[0], models.blocks(model))
+        found = self.inputs(attack, 0, model, forget, retain)
+        torch.testing.assert_close(attack.r, r, rtol=1e-5, atol=1e-7)
+        self.assertTrue(torch.equal(found[0], plain[0]))             # the first quarter is spared
+        real = forget[0]["attention_mask"].bool()
+        drawn = (found[1] != plain[1]).flatten(1).any(1)
+        self.assertTrue(0 < drawn.sum() < 5)
+        for before, after, unit in zip(plain[1:], found[1:], attack.r):
+            self.assertLess((after @ unit)[drawn][real[drawn]].abs().max(), 1e-6)
+            self.assertTrue(torch.equal(before[~drawn], after[~drawn]))
+        taken = found[1] - plain[1]                                  # nothing else
+        exactly(taken, (taken @ attack.r[0])[:, :, None] * attack.r[0])
+        self.assertFalse(taken[~real].any())
+        share = 0
+        for step in range(1, 60):
+            old = attack.r
+            model.model.embed_tokens.weight.data[3:6].add_(0.01)
+            plain = stream.inputs_of(model, forget[0], models.blocks(model))
+            found = self.inputs(attack, step, model, forget, retain)
+            self.assertEqual(torch.equal(attack.r, old), step % 4 > 0, step)
+            share += (found[1] != plain[1]).flatten(1).any(1).double().mean().item() / 59
+        self.assertAlmostEqual(share, 0.5, delta=0.1)
+
+    def test_no_shift_is_the_plain_run_bit_for_bit_and_a_shift_is_not(self):
+        flags = write_world(self.tmp / "world", little_llama(torch.float32))
+        for name, *more in (("plain",), ("none", "--latent", "adversary"), ("some", "--latent_eps", 1)):
+            self.run_script("unlearn.py", *flags, *more, "--out", self.tmp / name)
+        plain, none, some = saved(self.tmp, "plain", "none", "some")
+        self.assertEqual((plain == none, plain == some), (True, False))
+
+
+# ---- data/ilu.py --------------------------------------------------------------------------------------
+
+class Ilu(Folder):
+    def test_the_penalty_has_the_gradient_of_a_double_backward_pass_to_second_order(self):
+        net = Network()
+        w = torch.ones((), dtype=torch.float64, requires_grad=True)
+        s = torch.autograd.grad(net.loss([w * p for p in net.params]), w, create_graph=True)[0]
+        want = 0.7 * flat(torch.autograd.grad(s.square(), net.params))
+        start = [p.detach().clone() for p in net.params]
+        errors = []
+        for radius in (1e-1, 1e-2, 1e-3):
+            for p in net.params:
+                p.grad = torch.ones_like(p)                          # what is there is added to
+            value = ilu.Invariance(net.params, 0.7, radius)(net.closure)
+            errors.append(((flat(p.grad for p in net.params) - 1 - want).norm() / want.norm()).item())
+        self.assertAlmostEqual(value.item(), s.square().item(), places=5)
+        self.assertLess(errors[2], 1e-5)
+        np.testing.assert_allclose(np.divide(errors[:2], errors[1:]), 100, rtol=0.15)
+        self.assertRaises(ZeroDivisionError, ilu.Invariance(net.params, 0.7), lambda: 1 / 0)
+        self.assertTrue(same(net.params, start))
+
+    def test_a_run_says_how_large_the_penalty_is_and_makes_it_smaller(self):
+        flags = write_world(self.tmp / "world", little_llama(torch.float32))
+        flags += ["--steps", 12, "--lr", 1e-2, "--smooth", "none"]
+        data = write_rows(self.tmp / "other.jsonl", ["a dog ran on the mat", "one two three"])
+        curves = []
+        for lam in (1e-9, 10):
+            more = ["--ilu_data", data, "--ilu_lambda", lam, "--out", self.tmp / f"{lam}"]
+            self.run_script("unlearn.py", *flags, *more)
+            curves.append([p["ilu"] for p in read_json(self.tmp / f"{lam}" / "result.json")["curve"]])
+        self.assertAlmostEqual(curves[0][0] / curves[1][0], 1, places=5)
+        self.assertLess(curves[1][-1], 0.5 * curves[0][-1])
+
+
+# ---- data/optimizers.py -------------------------------------------------------------------------------
+
+class Optimizers(unittest.TestCase):
+    def test_an_estimate_is_exact_along_its_directions_and_the_gradient_on_average(self):
+        """On a quadratic a central difference has no error, so that the mean of d u u^T g is left."""
+        torch.manual_seed(0)
+        a = torch.randn(7, 7).double()
+        params = [torch.nn.Parameter(torch.randn(*shape).double()) for shape in ((2, 2), (3,))]
+        start = [p.detach().clone() for p in params]
+        gradient = (a + a.T) @ flat(start)
+        tried = []
+
+        def value():
+            tried.append(flat(params))
+            return tried[-1] @ a @ tried[-1]
+        for count, radius in ((1, 0.3), (3, 5.0), (4000, 0.3)):
+            tried.clear()
+            for p in params:
+                p.grad = torch.ones_like(p)                          # what is there is added to
+            mean = optimizers.estimate_(params, value, radius, count, seed=2, weight=0.5)
+            got = flat(p.grad for p in params) - 1
+            u, back = (torch.stack(tried).view(count, 2, 7) - flat(start)).unbind(1)
+            exactly(back, -u)
+            exactly(u.norm(dim=1), torch.full((count,), radius, dtype=torch.float64))
+            exactly(got, 0.5 * 7 * (u @ gradient) @ u / radius**2 / count)
+            exactly(mean, torch.stack([x @ a @ x for x in tried]).mean())
+        self.assertLess((got / 0.5 - gradient).norm() / gradient.norm(), 0.07)
+        self.assertRaises(ZeroDivisionError, optimizers.estimate_, params, lambda: 1 / 0, 1.0, 1, 0)
+        self.assertTrue(same(params, start))
+
+    def test_a_sign_step_is_lr_times_the_sign_and_decay_is_decoupled(self):
+        p = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+        p.grad = torch.tensor([5.0, -1e-9, 0.0])
+        optimizers.Sign([p], lr=0.1, weight_decay=0.5).step()
+        torch.testing.assert_close(p.detach(), torch.tensor([1 - 0.1 - 0.05, -2 + 0.1 + 0.1, 3 - 0.15]))
+
+    def test_hybrid_ends_on_its_steps_without_a_gradient_and_those_take_none(self):
+        args = SimpleNamespace(optimizer="hybrid", zo_every=3, steps=10)
+        self.assertEqual([optimizers.is_zeroth(args, i) for i in range(10)],
+                         [False] + [True] * 3 + [False] * 3 + [True] * 3)
+        flags = "--out /nowhere --device cpu --smooth none --optimizer hybrid --zo_every 1 --steps 2"
+        run = unlearn.Unlearning(unlearn.parse_args(flags.split()), little_llama())
+        micro = losses.micro_batches(text_samples(), range(5), 5, 0, "cpu", torch.zeros(5).double())
+        start = flat(run.params)
+        with mock.patch.object(torch.Tensor, "backward", side_effect=ZeroDivisionError):
+            self.assertRaises(ZeroDivisionError, run.step, 0, micro, micro, None)
+            self.assertGreater(run.step(1, micro, micro, None)["grad_norm"], 1)      # it is clipped to 1
+        self.assertAlmostEqual((flat(run.params) - start).norm().item(), 3e-4, places=9)
+
+
+# ---- data/split.py and data/merge.py ------------------------------------------------------------------
+
+class Folds(Folder):
+    def test_folds_partition_the_facts_and_layers_hold_the_rest_at_their_share(self):
+        rows = [{"text": f"{n}", "fact": n % 7, "job": "ab"[n % 2], "where": "here"} for n in range(28)]
+        retain = [{"text": f"r{n}"} for n in range(40)]
+        for by, values, count in ((None, 7, 1), (None, 7, 3), ("job", 2, 2), ("text", 28, 5)):
+            folds = split.folds_of(rows, count, by, seed=1)
+            self.assertEqual(sum(map(len, folds)), 28)
+            inside = [len({row[by or "fact"] for row in fold}) for fold in folds]
+            self.assertEqual(sum(inside), values)                    # no value in two folds
+            self.assertLessEqual(max(inside) - min(inside), 1)
+            for fold in folds:
+                self.assertEqual([row for row in rows if row in fold], fold)         # in their order
+        self.assertRaisesRegex(formats.InputError, "8", split.folds_of, rows, 8)
+        self.assertRaisesRegex(formats.InputError, "here.*city", split.folds_of, rows, 2, "city")
+        folds = split.folds_of(rows, 3)
+        for i, (gone, kept) in enumerate(split.layers(folds, retain, 0.6), 1):
+            self.assertEqual((gone, kept[:40]), (sum(folds[:i], []), retain))
+            counts = Counter(row["text"] for row in kept[40:])
+            self.assertEqual(counts.keys(), {row["text"] for row in sum(folds[i:], [])})
+            self.assertAlmostEqual(len(kept[40:]) / len(kept), 0.6 if i < 3 else 0, delta=0.01)
+            self.assertLessEqual(max(counts.values(), default=0) - min(counts.values(), default=0), 1)
+
+    def test_one_fold_is_todays_run_and_equal_runs_merge_to_the_run_bit_for_bit(self):
+        flags = write_world(self.tmp / "world", little_llama(torch.float32))
+        self.run_script("unlearn.py", *flags, "--out", self.tmp / "plain")
+        for name, *more in (("folds1",), ("layers1", "--layered")):
+            self.run_script("data/split.py", self.tmp / "world", "--folds", 1, *more)
+            folder = self.tmp / "world" / name / "1"
+            self.run_script("unlearn.py", *flags, "--out", self.tmp / name, "--data", folder)
+            self.assertEqual(read_json(folder / "meta.json"), {"prompt": PROMPT})
+        self.run_script("data/split.py", self.tmp / "world", "--folds", 9, says="--folds 9: there are 5")
+        three = ["--merge", *[self.tmp / "plain"] * 3, "--out", self.tmp / "merged"]
+        self.run_script("unlearn.py", *flags, *three)
+        self.assertEqual(len({*saved(self.tmp, "plain", "folds1", "layers1", "merged")}), 1)
+
+    def test_merging_is_the_mean_of_task_vectors_and_ties_trims_elects_and_averages(self):
+        """TIES by a loop over single weights, as algorithm 1 of its paper says it."""
+        torch.manual_seed(0)
+        start = [torch.randn(3, 2), torch.randn(4)]
+        others = [[p + torch.randn_like(p) for p in start] for _ in range(3)]
+        tau = torch.stack([flat(other) for other in others]).double() - flat(start).double()
+        for density in (0, 0.3, 1):
+            params = [p.clone() for p in start]
+            merge.merge_(params, others, density)
+            want = tau.mean(0)
+            for i in range(10 if density else 0):
+                largest = tau.abs().topk(math.ceil(density * 10)).indices
+                kept = [tau[run, i].item() * (i in largest[run]) for run in range(3)]
+                agree = [x for x in kept if x * sum(kept) > 0]
+                want[i] = sum(agree) / max(1, len(agree))
+            torch.testing.assert_close(flat(params).double(), flat(start) + want, rtol=0, atol=1e-6)
 
 
 # ---- data/models.py -----------------------------------------------------------------------------------
@@ -2328,7 +2646,7 @@ class Relearn(unittest.TestCase):
         gpt2 = GPT2LMHeadModel(GPT2Config(**size, bos_token_id=1, eos_token_id=2)).double().eval()
         texts = [(text, "") for text in TEXTS]
         for model in (gpt2, little_llama()):
-            states = models.residuals(model, words(), texts, batch=2)                # with padding
+            states = stream.residuals(model, words(), texts, batch=2)                # with padding
             for (text, _), got in zip(texts, states):
                 out = model(words()(text, return_tensors="pt").input_ids, output_hidden_states=True)
                 want = [h[0, -1] for h in out.hidden_states[:-1]]    # the last one is normalised there
@@ -2341,7 +2659,7 @@ class Relearn(unittest.TestCase):
         torch.testing.assert_close(torch.stack(args.directions), want)
         for layer in (0, 2):
             hooks = relearn.ablate(model, layer, args)
-            states = models.residuals(model, words(), texts)
+            states = stream.residuals(model, words(), texts)
             relearn.undo([], hooks)
             for i in range(1, 4):
                 self.assertLess((states[:, i] @ args.directions[layer or i]).abs().max(), 1e-12)
@@ -2649,6 +2967,14 @@ class Flags(unittest.TestCase):
         args = self.parsed("--smooth", "sam+wa", "--steps", "50")
         self.assertEqual((args.out, args.wa_start), ("out/npo+sam+wa-momentum-linf-s0", 40))
         self.assertEqual(self.parsed("--stop_ue", "0.7").eval_every, 5)
+        self.assertEqual(self.parsed("--merge", "a", "b", "--seed", "2").out, "out/merged2-s2")
+
+    def test_what_needs_the_whole_model_in_one_process_is_refused_under_torchrun(self):
+        with mock.patch.dict(os.environ, WORLD_SIZE="2"):
+            for line in ("--undo_steps 3 --undo_alpha .3", "--latent_eps 1", "--latent direction",
+                         "--merge a", "--ilu_lambda 1 --ilu_data x"):
+                with self.assertRaisesRegex(formats.InputError, "without torchrun"):
+                    self.parsed(*line.split())
 
     def test_sam_rho_alone_means_the_papers_sam_and_nothing_at_all_means_momentum_on_the_built_in_data(self):
         for flags, want in ((["--sam_rho", "0.01"], ["gradient", "l2", 0.01]),
@@ -2711,7 +3037,9 @@ class Plan(Folder):
                                   (["--retain", "kl", "--sam_rho", "0.1"], 12),
                                   (["--sam_direction", "momentum", "--sam_norm", "linf"], 11),
                                   (["--sam_direction", "momentum", "--sam_norm", "l2"], 12),
-                                  (["--sam_direction", "lookahead"], 10)):
+                                  (["--sam_direction", "lookahead"], 10),
+                                  (["--smooth", "none", "--undo_alpha", ".3", "--undo_steps", "9"], 10),
+                                  (["--smooth", "none", "--optimizer", "sign"], 4)):
             self.assertEqual(self.planned(100, 1, *flags), 100 * bytes_each, flags)
 
     def test_seven_billion_parameters_in_adapters_plan_below_22_gb(self):
@@ -2818,6 +3146,9 @@ class Runs(Folder):
                 ["--smooth", "sam+wa", *averaged], ["--smooth", "rs+wa", *averaged], ["--smooth", "cr"],
                 rounded, [*momentum, "linf"], ["--smooth", "sam+wa", *momentum, "l2", *averaged],
                 ["--sam_direction", "lookahead", "--lookahead_steps", 2], ["--sam_direction", "random"],
+                ["--latent_eps", 0.5],
+                ["--ilu_lambda", 1, "--ilu_data", self.tmp / "world/retain.jsonl"],
+                ["--optimizer", "hybrid", "--zo_every", 1, "--zo_lr", 1], ["--optimizer", "sign"],
                 ["--loss", "rmu", "--train_modules", "."])):          # some weights never have a gradient
             more = [*more, "--eval_every", 2]
             whole = self.tmp / f"whole{n}"
@@ -2882,7 +3213,9 @@ class Runs(Folder):
                  "dpo": [*flags, "--loss", "dpo", "--gradient_checkpointing"],
                  "momentum": [*flags, "--sam_direction", "momentum", "--sam_norm", "linf"],
                  "lookahead": [*flags, "--sam_direction", "lookahead", "--sam_norm", "linf"],
-                 "random": [*flags, "--sam_direction", "random"]}
+                 "random": [*flags, "--sam_direction", "random"],
+                 "sign": [*flags, "--optimizer", "sign"],
+                 "zo": [*flags, "--optimizer", "zo", "--zo_lr", 0.1]}
         for name, job in jobs.items():
             self.unlearn(*job, "--out", self.tmp / f"one-{name}")
         self.broken_off(4, *jobs["wa"], "--save_every", 2, "--out", self.tmp / "two-resumed")
@@ -3624,7 +3957,22 @@ class BadInput(Folder):
             (("--loss", "simnpo", "--reduce", "sum"), "simnpo"), (("--warmup", 5), "at most 1"),
             (("--stop_ue", 7), "at most 1"), (("--seed", 2**64), "at most"), (("--wa_start", -7), "-7"),
             (("--loss", "rmu", "--rmu_layer", 1), "rmu_layer"), (("--loss", "ga", "--retain", "kl"), "graddiff"),
-            (("--smooth", "wa", "--wa_start", 500), "500")), "--out", self.tmp / "never", "--no-relearn")
+            (("--smooth", "wa", "--wa_start", 500), "500"), (("--loss", "none"), "--undo_steps"),
+            (("--undo_alpha", 0.3), "--undo_steps"), (("--undo_steps", 3), "--undo_alpha"),
+            (("--undo_alpha", 0.3, "--undo_steps", 3, "--lora", 2), "--loss none"),
+            (("--latent", "direction", "--save_every", 6), "multiple of 4"),
+            (("--ilu_lambda", 1), "give both"), (("--latent_layer", 1), "--latent_eps"),
+            (("--ilu_lambda", 1, "--ilu_data", "no.jsonl"), "no.jsonl"),
+            (("--ilu_lambda", 1, "--ilu_data", "x", "--lora", 2), "--lora"),
+            (("--merge_ties", 0.2), "--merge"), (("--merge", self.tmp / "no"), "neither a folder"),
+            (("--merge", self.plain, "--lora", 2), "takes no step"),
+            (("--merge", self.plain, "--out", self.plain), "reads"),
+            (("--zo_every", 3), "adamw"), (("--optimizer", "zo", "--zo_every", 3), "zo_every"),
+            (("--optimizer", "sign", "--state_dtype", "float32"), "AdamW"),
+            (("--optimizer", "zo", "--param_dtype", "bfloat16"), "float32"),
+            (("--latent_eps", 1, "--loss", "dpo"), "dpo"),
+            (("--latent_eps", 1, "--latent_layer", 2), "choose 0 to 1")),
+            "--out", self.tmp / "never", "--no-relearn")
         self.refused("unlearn.py", (
             (("--lr", 1e5), "not finite"), (("--lr", 1e38), "at most"),
             (("--loss", "rmu", "--lora", 2, "--rmu_layer", 77), "first 2 of 3"),

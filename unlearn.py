@@ -32,8 +32,8 @@ from tqdm import tqdm
 import evaluate
 import relearn
 import sam
-from data import formats, losses, memory, models, processes, runs, states, tables
-from data.adapters import Adapters
+from data import (adapters, formats, ilu, latent, losses, memory, merge, models, optimizers, processes, runs,
+                  states, tables, undo)
 from data.formats import InputError
 from data.texts import Texts, shuffled
 
@@ -151,9 +151,10 @@ def frozen_model(args, model, adapters=None):
     return frozen
 
 
-def objectives(args, model, frozen):
+def objectives(args, model, frozen, hidden=None):
     """Two functions of micro-batches, forward and backward of the forget loss and of the weighted retain loss:
-    each adds to p.grad and returns the mean, the second one without its weight."""
+    each adds to p.grad and returns the mean, the second one without its weight. hidden: None, or an
+    attack of data/latent.py."""
     forget = (losses.forget_sum(args), "samples")
     retain = {"nll": (losses.nll_sum, "labels", args.gamma), "none": None,
               "kl": (losses.kl_sum(frozen), "labels", args.gamma)}[args.retain]
@@ -163,7 +164,10 @@ def objectives(args, model, frozen):
         retain = (losses.rmu_retain_sum(args.rmu_layer, frozen), "tokens", args.rmu_alpha)
 
     def descend_forget(micro):
-        return losses.descend(model, micro, *forget)
+        if not hidden:
+            return losses.descend(model, micro, *forget)
+        hidden.prepare(micro)
+        return losses.descend(model, micro, latent.under(hidden, forget[0]), forget[1])
 
     def descend_retain(micro):
         return losses.descend(model, micro, *retain) if retain else 0.0
@@ -263,14 +267,16 @@ def precision_warning(stats, dtype):
 class Unlearning:
     """The weights that train, their optimizer and smoother, and the two losses: step() and what --resume needs."""
 
-    def __init__(self, args, model, adamw=None):
+    def __init__(self, args, model, adamw=None, texts=None):
         self.args = args
         self.model = model
         self.adapters = None
         if args.lora:
-            self.adapters = Adapters(model, args.lora, args.lora_alpha, args.lora_modules, args.seed)
+            self.adapters = adapters.Adapters(model, args.lora, args.lora_alpha, args.lora_modules, args.seed)
             self.named = self.adapters.named()
-        self.forget, self.retain = objectives(args, model, frozen_model(args, model, self.adapters))
+        self.latent = latent.make(args, model)
+        frozen = frozen_model(args, model, self.adapters)
+        self.forget, self.retain = objectives(args, model, frozen, self.latent)
         if not args.lora:
             self.named = train_only(model, args.train_modules)
         self.params = [p for _, p in self.named]
@@ -281,11 +287,15 @@ class Unlearning:
             self.smoother.length = self.adapters.product_norm
         self.average = sam.WA(self.params, args.triton) if averaged else None
         self.optimizer = make_optimizer(args, self.params, adamw)
+        self.penalty = ilu.Penalty(args, model, self.params, texts) if args.ilu_lambda else None
+        self.zeroth = torch.optim.SGD(self.params, args.lr, weight_decay=args.weight_decay)
+        if args.optimizer == "sign":
+            self.optimizer = optimizers.Sign(self.params, args.lr, weight_decay=args.weight_decay)
 
     def plan(self, texts):
         """memory.plan() of this run on the longest of texts."""
         args = self.args
-        samples = texts.forget + texts.retain + (texts.chosen or [])
+        samples = texts.forget + texts.retain + texts.unrelated + (texts.chosen or [])
         activations = memory.activation_bytes(self.model, samples, args.micro_batch,
                                               args.gradient_checkpointing, texts.pad)
         total = sum(p.numel() for p in self.model.parameters())
@@ -301,26 +311,32 @@ class Unlearning:
         Returns {name: number}, with "lr"; refuses to take a step that is not finite.
         """
         args = self.args
-        lr = learning_rate(i, args.steps, args.lr, args.warmup, args.decay)
-        self.optimizer.param_groups[0]["lr"] = lr
+        zeroth = optimizers.is_zeroth(args, i)
+        optimizer = self.zeroth if zeroth else self.optimizer
+        take = optimizers.taking(args, self.params, i)
+        lr = learning_rate(i, args.steps, args.zo_lr if zeroth else args.lr, args.warmup, args.decay)
+        optimizer.param_groups[0]["lr"] = lr
+        if self.latent:
+            self.latent.begin(i, forget, retain)
 
         def descend():
-            return self.forget(forget)
+            return take(self.forget, forget, 1.0)
         if isinstance(self.smoother, sam.Lookahead):
             f_loss = self.smoother(descend, attack)
         else:
             f_loss = self.smoother(descend)
-        r_loss = self.retain(retain)
+        r_loss = take(self.retain, retain, args.rmu_alpha if args.loss == "rmu" else args.gamma)
+        penalty = self.penalty(i) if self.penalty else {}
         norm = processes.whole(torch.nn.utils.clip_grad_norm_(self.params, args.clip or math.inf))
         values = {"forget": f_loss, "retain": r_loss, "grad_norm": norm,
-                  **getattr(self.smoother, "stats", {})}
+                  **getattr(self.smoother, "stats", {}), **penalty}
         numbers = [torch.as_tensor(v, dtype=torch.float32, device=norm.device) for v in values.values()]
         values = dict(zip(values, torch.stack(numbers).tolist()))    # a GPU waits here, once a step
         if not all(map(math.isfinite, values.values())):
             raise InputError(f"step {i + 1}: a loss or gradient is not finite ({values}); stopped, nothing "
                              "written; lower --lr or --sam_rho, or use --param_dtype float32")
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         if self.average and i >= args.wa_start and (i - args.wa_start) % args.wa_every == 0:
             self.average.update()
         return {"lr": lr, **values}
@@ -343,6 +359,8 @@ class Unlearning:
         in `folder`, else the last ones; merge adapters. Refuses weights that are not finite. Returns the step, UE
         and UT of the best, None without."""
         part, kept = states.last(folder, UE=(int, float))
+        if self.args.merge:
+            merge.merge_runs(self.args, self.model)
         if part:
             states.load(part, self.weights())
         elif self.args.keep == "best":
@@ -358,6 +376,15 @@ class Unlearning:
             print(f"merged the adapters; rounding to {self.args.param_dtype} lost {lost:.2g} of them")
         return kept
 
+    def undo(self, texts, adamw):
+        """UNDO on what finish() put in place, if asked for; the KL of each of its steps."""
+        if not self.args.undo_steps:
+            return []
+        self.optimizer = None                    # its states and what the smoother kept have served
+        self.smoother = None
+        params = list(self.model.requires_grad_(True).parameters())
+        return undo.undo(self.args, self.model, texts, make_optimizer(self.args, params, adamw))
+
     def save_adapters(self):
         """What writes the adapters alone into a folder, None where the whole model is to be written."""
         if not self.adapters or self.args.lora_save == "merged":
@@ -369,8 +396,12 @@ class Unlearning:
         tensors = states.tensors_of(self.named, self.optimizer, self.smoother, self.average)
         states.save(state, step, tensors, note | states.numbers_of(self.smoother, self.average))
 
-    def resume(self, part, note, inputs):
-        """Go on from a state, after a look at its flags and inputs_of(), which must be what they are now."""
+    def resume(self, state, inputs):
+        """Go on from a state, after a look at its flags and inputs_of(), which must be what they are now. Returns
+        its note, {} where there is none."""
+        part, note = states.last(state, args=dict, curve=list, inputs=dict, attacks=int, averaged=int, draws=int)
+        if not part:
+            return {}
         for name, value in inputs.items():
             if value != note["inputs"].get(name):
                 raise InputError(f"--resume: {part.parent} was written with another {name}: put it back, or "
@@ -382,9 +413,13 @@ class Unlearning:
                 raise InputError(f"--resume: {part.parent} was written with --{key} {value}, now it is "
                                  f"{now}: give the same flags, or remove it to start again")
         states.put_back(part, note, self.named, self.optimizer, self.smoother, self.average)
+        return note
 
 
-# ---- flags --------------------------------------------------------------------------------------------
+# ---- flags: those of a part are in its file -----------------------------------------------------------
+
+NEIGHBOURS = (merge, undo, latent, optimizers, ilu)      # other defences, each with flags() and check()
+
 
 def flags():
     """The command line, in groups; "7B" is what the paper used for Zephyr-7B on WMDP-Bio."""
@@ -402,7 +437,7 @@ def flags():
     g.add_argument("--seed", type=runs.SEED, default=0,
                    help="of batches and noise; built-in: of world and target too")
     smoother_flags(p)
-    loss_flags(p)
+    losses.flags(p.add_argument_group("the loss (data/losses.py)"))
     g = p.add_argument_group("training")
     g.add_argument("--steps", type=some, default=160, help="7B: 125")
     g.add_argument("--batch_size", type=runs.BATCH, default=32,
@@ -414,19 +449,11 @@ def flags():
     g.add_argument("--clip", type=real, default=1.0, help="largest gradient norm, 0 = no clipping")
     g.add_argument("--train_modules", default="", metavar="REGEX", help="train only matching parameters "
                    "(default all; rmu: down_proj of its layer and two below)")
-    g.add_argument("--lora", type=some, default=0, metavar="RANK",
-                   help="train adapters of this rank in fp32, the model frozen in --param_dtype (0 = the weights)")
-    g.add_argument("--lora_alpha", type=runs.number(float, 0, above=True),
-                   help="their weight is alpha / rank (default: 2 rank)")
-    g.add_argument("--lora_modules", default="", metavar="REGEX", help="adapt only matching layers")
-    g.add_argument("--lora_perturb", choices=["adapters", "weights"], default="adapters",
-                   help="what rho of sam bounds: the move of A and B, or that of the weights which it makes")
-    g.add_argument("--lora_save", choices=["merged", "adapter"], default="merged",
-                   help="a whole model, or PEFT's two files beside its base")
     g.add_argument("--max_len", type=count, default=0, help="cut samples to so many tokens (0: too long = error)")
     g.add_argument("--save_every", type=count, default=0,
                    help="steps between saves of OUT.state, removed at the end (0: none)")
     g.add_argument("--resume", action=yes_no, default=False, help="go on from there, if it is there")
+    adapters.flags(p.add_argument_group("adapters (data/adapters.py)"))
     memory_flags(p)
     g = p.add_argument_group("measuring")
     g.add_argument("--stop_ue", type=runs.number(float, 0, 1), default=0.0, help="stop once UE reaches this (0 = fixed steps)")
@@ -437,6 +464,9 @@ def flags():
                    help="best: the weights of highest UE on the way whose UT is at least keep_ut of the start")
     g.add_argument("--keep_ut", type=runs.number(float, 0, 1), default=0.98, help="share of UT that best keeps")
     g.add_argument("--relearn", action=yes_no, default=True, help="attack the result with relearn.py's defaults")
+    g = p.add_argument_group("neighbours (data/undo.py, latent.py, optimizers.py, merge.py, ilu.py)")
+    for part in NEIGHBOURS:
+        part.flags(g)
     return p
 
 
@@ -472,24 +502,15 @@ def smoother_flags(p):
     g.add_argument("--wa_every", type=some, default=5, help="steps between averaged weights; 7B: 5")
 
 
-def loss_flags(p):
-    """Add the flags of the losses to a parser."""
-    real = runs.number(float, 0)
-    g = p.add_argument_group("the loss (data/losses.py)")
-    g.add_argument("--loss", choices=[*losses.FORGET, "rmu"], default="npo",
-                   help="on the forget set; ga has no retain term, dpo needs rows with prompt and completion")
-    g.add_argument("--beta", type=runs.number(float, 0, above=True), default=0.5,
-                   help="of npo, simnpo, dpo; 7B: .0225 npo, .015 npo+sam")
-    g.add_argument("--gamma", type=real, default=1.0, help="weight of the retain loss; 7B: 1 npo, 2.25 npo+sam")
-    g.add_argument("--retain", choices=["nll", "kl", "none"],
-                   help="on the retain set (default nll; ga has none, rmu its own); kl keeps a frozen model")
-    g.add_argument("--margin", type=real, default=0.0, help="of simnpo, in nats")
-    g.add_argument("--reduce", choices=["mean", "sum"], default="mean",
-                   help="a sample's log-probability over tokens")
-    g.add_argument("--idk_text", default="I don't know.", help="the preferred answer of dpo")
-    g.add_argument("--rmu_layer", type=runs.number(int, 0), help="counted from 0; 7B: 7 (default: 7/32 of the depth)")
-    g.add_argument("--rmu_c", type=real, default=6.5, help="length of rmu's random goal; 7B: 6.5 or 20")
-    g.add_argument("--rmu_alpha", type=real, default=1200.0, help="weight of rmu's retain term; 7B: 1200")
+def check_neighbours(args):
+    """Complete or refuse the flags of other defences; --loss none leaves all to them."""
+    for part in NEIGHBOURS:
+        part.check(args)
+    if args.loss == "none":
+        if not args.undo_steps and not args.merge:
+            raise InputError("--loss none: nothing is left to do; add --undo_steps or --merge")
+        args.steps = 0
+        args.smooth = "none"
 
 
 def memory_flags(p):
@@ -535,27 +556,6 @@ def choose_sam(args, default_of):
                          "looks at no attacker; add --sam_direction lookahead, or drop it")
 
 
-def check_lora(args, default_of):
-    """Refuse what adapters do not go with, and fill in their weight."""
-    if not args.lora:
-        for name in ("lora_alpha", "lora_modules", "lora_perturb", "lora_save"):
-            if getattr(args, name) != default_of(name):
-                raise InputError(f"--{name}: there are no adapters; add --lora RANK, or drop it")
-        return
-    args.lora_alpha = args.lora_alpha or 2 * args.lora
-    for name in ("train_modules", "stochastic_rounding"):
-        if getattr(args, name) != default_of(name):
-            raise InputError(f"--{name}: --lora {args.lora} trains adapters alone, in fp32; drop one of them")
-    if args.lora_perturb == "weights" and (parse_smooth(args.smooth)[0] != "sam" or args.sam_norm != "l2"):
-        raise InputError(f"--lora_perturb weights: it scales sam's rho in l2, here are --smooth {args.smooth} and "
-                         f"--sam_norm {args.sam_norm}; add --sam_rho 0.1, or drop it")
-    if args.lora_save == "adapter" and "wa" in args.smooth.split("+"):
-        raise InputError("--lora_save adapter: the mean of adapters is not an adapter of that rank; drop wa, or "
-                         "--lora_save merged")
-    if processes.count() > 1:
-        raise InputError("--lora needs whole weights: run without torchrun")
-
-
 def default_out(args):
     """out/LOSS+SMOOTH[-VARIANT]-sSEED."""
     name = args.loss + ("" if args.smooth == "none" else f"+{args.smooth}")
@@ -564,6 +564,14 @@ def default_out(args):
     for value, usual in ((args.sam_direction, "gradient"), (args.sam_norm, "l2")):
         if value != usual:
             name += f"-{value}"
+    if args.merge:
+        name = f"merged{len(args.merge)}" + ("-ties" if args.merge_ties else "")
+    if args.optimizer != "adamw":
+        name += f"-{args.optimizer}"
+    if args.latent:
+        name += f"-{args.latent}{args.latent_eps or ''}"
+    if args.undo_steps:
+        name += f"-undo{args.undo_alpha:g}"
     return f"out/{name}{'-flip' if args.sam_flip else ''}-s{args.seed}"
 
 
@@ -573,19 +581,15 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.stochastic_rounding and args.param_dtype != "bfloat16":
         raise InputError(f"--stochastic_rounding: {args.param_dtype} needs none; add --param_dtype bfloat16")
+    check_neighbours(args)
     choose_sam(args, p.get_default)
     for name in ("sam_modules", "train_modules", "lora_modules"):
         try:
             re.compile(getattr(args, name))
         except re.error as e:
             raise InputError(f"--{name} {getattr(args, name)!r} is not a regular expression: {e}")
-    if args.loss in ("ga", "rmu") and args.retain not in (None, "none"):
-        fix = {"ga": "ga has none; use --loss graddiff", "rmu": "rmu brings its own, --rmu_alpha; drop it"}
-        raise InputError(f"--retain {args.retain}: {fix[args.loss]}")
-    if args.loss == "simnpo" and args.reduce == "sum":
-        raise InputError("--reduce sum: simnpo is defined by the mean over tokens; drop it, or use --loss npo")
-    args.retain = args.retain or ("none" if args.loss in ("ga", "rmu") else "nll")
-    check_lora(args, p.get_default)
+    losses.check(args)
+    adapters.check(args, p.get_default)
     args.state_dtype = args.state_dtype or ("float32" if args.lora else args.param_dtype)
     args.micro_batch = args.micro_batch or args.batch_size
     if args.wa_start is None:
@@ -615,7 +619,7 @@ def find_out(args, folder, stack):
             relearn.attack(relearn.parse_args([args.out, "--device", args.device]))
         print(f"{out} is finished: nothing is left to resume")
         sys.exit()
-    stack.enter_context(runs.claimed(out, args.overwrite, [folder, args.model]))
+    stack.enter_context(runs.claimed(out, args.overwrite, [folder, args.model, *args.merge]))
     states.refuse_foreign(state)
     states.refuse_foreign(best)
     if state.exists() and not args.resume and not args.overwrite:
@@ -645,7 +649,7 @@ if __name__ == "__main__":
         before = evaluate.ue_ut(model, tokenizer, questions)
         texts.add_references(model)
         complete_for(args, model)
-        run = Unlearning(args, model, adamw)
+        run = Unlearning(args, model, adamw, texts)
         say_what(args, model, texts, run.adapters)
         plan = run.plan(texts)
         print(memory.plan_line(plan, args.device))
@@ -655,14 +659,8 @@ if __name__ == "__main__":
         # -- the loop
         inputs = inputs_of(texts, model) if args.resume or args.save_every else {}
         note = {"args": vars(args), "inputs": inputs, "curve": [], "warning": None, "attacks": 0}
-        part = None
         if args.resume:
-            kinds = {"args": dict, "curve": list, "inputs": dict}
-            kinds |= {"attacks": int, "averaged": int, "draws": int}
-            part, saved = states.last(state, **kinds)
-        if part:
-            run.resume(part, saved, inputs)
-            note |= saved | {"args": vars(args)}
+            note |= run.resume(state, inputs) | {"args": vars(args)}
         curve = note["curve"]
         forget_picks = shuffled(len(texts.forget), args.batch_size, rng)
         retain_picks = shuffled(len(texts.retain), args.batch_size, rng)
@@ -699,12 +697,14 @@ if __name__ == "__main__":
                 run.save(state, i + 1, note)
                 stack.go_on = "go on with the same command and --resume"
         kept = run.finish(best)
+        undone = run.undo(texts, adamw)
 
         # -- score, save, attack
         after = evaluate.ue_ut(model, tokenizer, questions)
         result = {"stage": "unlearn", "args": vars(args), **runs.provenance(args.device, start),
                   "plan_gb": {part: round(value / 1e9, 4) for part, value in plan.items()},
-                  "metrics": {"before": before, "after": after}, "kept": kept, "curve": curve}
+                  "metrics": {"before": before, "after": after}, "kept": kept, "curve": curve,
+                  "undo": undone}
         runs.save_run(out, model, tokenizer, result, save=run.save_adapters())
         states.remove(state)
         states.remove(best)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
+from data import runs
 from data.formats import InputError, read_json
 from sam import accumulator
 
@@ -288,3 +289,39 @@ def add_peft(model, folder):
             a.copy_(pair["A"])
             b.copy_(pair["B"])
     return own.merge()
+
+
+# ---- the flags of unlearn.py --------------------------------------------------------------------------
+
+def flags(g):
+    """Add the flags of adapters to a group."""
+    g.add_argument("--lora", type=runs.number(int, 1), default=0, metavar="RANK",
+                   help="train adapters of this rank in fp32, the model frozen in --param_dtype (0 = the weights)")
+    g.add_argument("--lora_alpha", type=runs.number(float, 0, above=True),
+                   help="their weight is alpha / rank (default: 2 rank)")
+    g.add_argument("--lora_modules", default="", metavar="REGEX", help="adapt only matching layers")
+    g.add_argument("--lora_perturb", choices=["adapters", "weights"], default="adapters",
+                   help="what rho of sam bounds: the move of A and B, or that of the weights which it makes")
+    g.add_argument("--lora_save", choices=["merged", "adapter"], default="merged",
+                   help="a whole model, or PEFT's two files beside its base")
+
+
+def check(args, default_of):
+    """Refuse what adapters do not go with, and fill in their weight."""
+    if not args.lora:
+        for name in ("lora_alpha", "lora_modules", "lora_perturb", "lora_save"):
+            if getattr(args, name) != default_of(name):
+                raise InputError(f"--{name}: there are no adapters; add --lora RANK, or drop it")
+        return
+    args.lora_alpha = args.lora_alpha or 2 * args.lora
+    for name in ("train_modules", "stochastic_rounding"):
+        if getattr(args, name) != default_of(name):
+            raise InputError(f"--{name}: --lora {args.lora} trains adapters alone, in fp32; drop one of them")
+    parts = args.smooth.split("+")
+    if args.lora_perturb == "weights" and ("sam" not in parts or args.sam_norm != "l2"):
+        raise InputError(f"--lora_perturb weights: it scales sam's rho in l2, here are --smooth {args.smooth} and "
+                         f"--sam_norm {args.sam_norm}; add --sam_rho 0.1, or drop it")
+    if args.lora_save == "adapter" and "wa" in parts:
+        raise InputError("--lora_save adapter: the mean of adapters is not an adapter of that rank; drop wa, or "
+                         "--lora_save merged")
+    runs.refuse_torchrun(f"--lora {args.lora}")

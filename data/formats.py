@@ -88,9 +88,9 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def write_data(folder, files, meta=None, overwrite=False):
+def write_data(folder, files, meta=None, overwrite=False, beside=()):
     """Write {name: rows} as folder/NAME.jsonl, and meta.json; "where" stays out of the files. What is there
-    already and differs is an error, unless overwrite."""
+    already and differs is an error, unless overwrite. beside: names that belong to the set as well."""
     texts = {}
     for name, rows in files.items():
         lines = []
@@ -106,7 +106,7 @@ def write_data(folder, files, meta=None, overwrite=False):
     for path in different:
         if path.exists() and not overwrite:
             raise InputError(f"{path} is there and differs: choose another --out, or replace it with --overwrite")
-    others = sorted(path.name for path in folder.glob("*.jsonl") if path not in texts)
+    others = sorted(path.name for path in folder.glob("*.jsonl") if path.stem not in {*files, *beside})
     if others and any(path.exists() for path in different):
         raise InputError(f"{folder} holds {others[0]}, which this set does not have and would be "
                          "measured with it: choose another --out, or remove it")

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import processes
+from data import processes, runs
+from data.formats import InputError
 from data.models import IGNORE, collate, in_chunks, over_labels, run, token_logps, with_head
 from sam import accumulator
 
@@ -72,23 +73,29 @@ def nll_sum(model, batch):
     return -token_logps(model, batch)[0].sum()
 
 
+def kl(p, q):
+    """Sum of KL(p || q) of logits (labels, V), as (1,): lse(q) - lse(p) + <softmax(p), p - q>. Its
+    gradient, softmax(q) - softmax(p), is exactly 0 where the two agree; by log_softmax it would be a
+    rounding there, which AdamW makes a step of."""
+    p = p.to(accumulator(p.dtype))
+    q = q.to(accumulator(q.dtype))
+    lse = p.logsumexp(-1, keepdim=True)
+    across = ((p - lse).exp() * (p - q)).sum(-1, keepdim=True)
+    return (q.logsumexp(-1, keepdim=True) - lse + across).sum(0)
+
+
 def kl_sum(frozen):
     """Sum over labels of KL(frozen || model) over the whole vocabulary: a function of (model, batch)."""
-    def kl(p, q):                                                                    # (labels, V)
-        p = p.to(accumulator(p.dtype)).log_softmax(-1)
-        q = q.to(accumulator(q.dtype)).log_softmax(-1)
-        return F.kl_div(p, q, log_target=True, reduction="sum").reshape(1)
-
     def total(model, batch):
         mask = batch["labels"][:, 1:] != IGNORE                                      # (B, T-1)
         if in_chunks(model, batch):
             with torch.no_grad():
                 hidden = with_head(frozen, batch, lambda h, head: h[:, :-1][mask]).logits    # (labels, D)
             head = frozen.get_output_embeddings()
-            return over_labels(model, batch, lambda p, h: kl(p, head(h)), hidden).sum()
+            return over_labels(model, batch, lambda q, h: kl(head(h), q), hidden).sum()
         with torch.no_grad():
-            q = run(frozen, batch).logits[:, :-1][mask]
-        return kl(run(model, batch).logits[:, :-1][mask], q).sum()
+            p = run(frozen, batch).logits[:, :-1][mask]
+        return kl(p, run(model, batch).logits[:, :-1][mask]).sum()
     return total
 
 
@@ -136,6 +143,7 @@ def size_of(batch, unit):
 
 def descend(model, micro, total, unit, weight=1.0):
     """Forward and backward of weight * (sum of total / number of units), added to p.grad; returns the mean.
+    Under no_grad the mean alone.
 
     micro: micro_batches(); total(model, batch): one of the sums above; unit: what it is a mean over. Each
     micro-batch is divided by the count of the whole batch, so that the split changes nothing.
@@ -144,7 +152,8 @@ def descend(model, micro, total, unit, weight=1.0):
     mean = 0.0
     for batch in micro:
         loss = total(model, batch) * batch["weight"] / count
-        (weight * loss).backward()
+        if torch.is_grad_enabled():
+            (weight * loss).backward()
         mean = mean + loss.detach()
     return processes.all_sum(mean, model.device)
 
@@ -176,3 +185,35 @@ def reference_logps(model, samples, size, pad, reduce):
         batch = collate([samples[j] for j in picks], pad, model.device)
         out[picks] = sample_logps(model, batch, reduce).cpu()
     return processes.all_max(out, model.device)
+
+
+# ---- the flags of unlearn.py --------------------------------------------------------------------------
+
+def flags(g):
+    """Add the flags of the losses to a group."""
+    real = runs.number(float, 0)
+    g.add_argument("--loss", choices=[*FORGET, "rmu", "none"], default="npo",
+                   help="on the forget set; ga has no retain term, dpo needs rows with prompt and "
+                   "completion; none takes no step")
+    g.add_argument("--beta", type=runs.number(float, 0, above=True), default=0.5,
+                   help="of npo, simnpo, dpo; 7B: .0225 npo, .015 npo+sam")
+    g.add_argument("--gamma", type=real, default=1.0, help="weight of the retain loss; 7B: 1 npo, 2.25 npo+sam")
+    g.add_argument("--retain", choices=["nll", "kl", "none"],
+                   help="on the retain set (default nll; ga has none, rmu its own); kl keeps a frozen model")
+    g.add_argument("--margin", type=real, default=0.0, help="of simnpo, in nats")
+    g.add_argument("--reduce", choices=["mean", "sum"], default="mean",
+                   help="a sample's log-probability over tokens")
+    g.add_argument("--idk_text", default="I don't know.", help="the preferred answer of dpo")
+    g.add_argument("--rmu_layer", type=runs.number(int, 0), help="counted from 0; 7B: 7 (default: 7/32 of the depth)")
+    g.add_argument("--rmu_c", type=real, default=6.5, help="length of rmu's random goal; 7B: 6.5 or 20")
+    g.add_argument("--rmu_alpha", type=real, default=1200.0, help="weight of rmu's retain term; 7B: 1200")
+
+
+def check(args):
+    """Refuse what a loss does not go with, and fill in its retain loss."""
+    if args.loss in ("ga", "rmu") and args.retain not in (None, "none"):
+        fix = {"ga": "ga has none; use --loss graddiff", "rmu": "rmu brings its own, --rmu_alpha; drop it"}
+        raise InputError(f"--retain {args.retain}: {fix[args.loss]}")
+    if args.loss == "simnpo" and args.reduce == "sum":
+        raise InputError("--reduce sum: simnpo is defined by the mean over tokens; drop it, or use --loss npo")
+    args.retain = args.retain or ("none" if args.loss in ("ga", "rmu", "none") else "nll")

@@ -46,12 +46,23 @@ def plan(args, total, trained, trained_size, copies, activations, count=1):
     state = getattr(torch, args.state_dtype).itemsize
     compares = args.loss == "rmu" or args.retain == "kl"
     models = 2 if compares and not args.lora else 1                  # with a frozen one, or with adapters off
+    models += len(args.merge)
+    if args.undo_steps:                          # a teacher, and all weights train
+        models += 1
+        trained = total
+    states = 2
+    if args.optimizer in ("sign", "zo") and not args.undo_steps:
+        states = 0
+    if args.optimizer in ("zo", "hybrid"):       # the weights and a direction
+        copies += 2
+    if args.ilu_lambda:                          # the weights and two gradients
+        copies = max(copies, 3)
     average = 4 if "wa" in args.smooth.split("+") else 0
     parts = {"weights": models * total * size,
              "adapters": trained * trained_size if args.lora else 0,
              "gradients": trained * trained_size,
              "put aside": copies * trained * trained_size,
-             "optimizer": 2 * trained * state,
+             "optimizer": states * trained * state,
              "average": average * trained}
     shared = {name: value / count for name, value in parts.items() if value}
     return shared | {"activations": activations}

@@ -355,69 +355,6 @@ def token_logps(model, batch):
     return -nll_of(logits.transpose(1, 2), labels), mask
 
 
-# ---- the residual stream ------------------------------------------------------------------------------
-
-def on_stream(model, f):
-    """Hooks that call f(layer, states (B, T, D)) in front of the first of blocks(), as layer 0, and
-    behind each; what f returns, unless None, takes the states' place. Whoever calls removes them."""
-    layers = blocks(model)
-    if not layers:
-        raise InputError(f"{type(model).__name__} does not name its layers, which --ablate and --probe "
-                         "need: drop them")
-
-    def before(module, inputs, named):
-        if inputs:
-            new = f(0, inputs[0])
-            return None if new is None else ((new, *inputs[1:]), named)
-        new = f(0, named["hidden_states"])
-        return None if new is None else (inputs, named | {"hidden_states": new})
-
-    def behind(layer):
-        def hook(module, inputs, output):
-            if not isinstance(output, tuple):
-                return f(layer, output)
-            new = f(layer, output[0])
-            return None if new is None else (new, *output[1:])
-        return hook
-    hooks = [layers[0].register_forward_pre_hook(before, with_kwargs=True)]
-    for i, layer in enumerate(layers):
-        hooks.append(layer.register_forward_hook(behind(i + 1)))
-    return hooks
-
-
-@torch.no_grad()
-def residuals(model, tokenizer, texts, batch=64):
-    """(N, L+1, D) on the CPU: on_stream() at the last token of each of texts, [(text, where)]."""
-    context = context_of(model)
-    encoded = tokenize(tokenizer, [text for text, _ in texts])
-    for ids, (_, where) in zip(encoded, texts):
-        if context and len(ids) > context:
-            raise InputError(f"{where}: {len(ids)} tokens, but the model's context is {context}: "
-                             "shorten the text")
-    out = [None] * len(texts)
-    kept = []
-
-    def keep(layer, states):
-        kept.append(states[range(len(states)), last].cpu())
-
-    def no_logits(hidden, head):
-        return hidden[:, :0]
-    hooks = on_stream(model, keep)
-    try:
-        for part in batches([len(ids) for ids in encoded], batch):
-            samples = [(encoded[i], encoded[i]) for i in part]
-            x = collate(samples, tokenizer.pad_token_id or 0, model.device)
-            last = x["attention_mask"].sum(1) - 1                                    # (B,)
-            kept.clear()
-            with_head(model, x, no_logits)
-            for i, states in zip(part, torch.stack(kept, 1)):                        # (L+1, D) each
-                out[i] = states
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return torch.stack(out)
-
-
 # ---- scoring without gradients ------------------------------------------------------------------------
 
 @torch.no_grad()

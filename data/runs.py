@@ -104,6 +104,12 @@ def usable_device(text):
     return text
 
 
+def refuse_torchrun(flags):
+    """Raise InputError where torchrun started more than one process; flags: what does not take that."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError(f"{flags} needs the whole model in one process: run without torchrun")
+
+
 def number(kind, low, high=10**9, above=False):
     """argparse type: an int or float of at least `low`, or above it, and at most `high`."""
     def parse(text):

@@ -63,7 +63,7 @@ def method(result):
         name = "retrained" if args["exclude"] == "forget" else "target"
     else:
         args = {"sam_norm": "l2", "sam_direction": "gradient", "lookahead_steps": 1,
-                "state_dtype": args.get("param_dtype")} | args
+                "optimizer": "adamw", "state_dtype": args.get("param_dtype")} | args
         name = args["loss"] + ("" if args["smooth"] == "none" else f"+{args['smooth']}")
         for key, usual in (("sam_direction", "gradient"), ("sam_norm", "l2")):
             if args[key] != usual:
@@ -72,6 +72,13 @@ def method(result):
             name += " flipped"
         if "sam" not in args["smooth"]:
             args = {k: v for k, v in args.items() if not k.startswith(("sam_", "lookahead_"))}
+    if args.get("loss") == "none":               # UNDO or a merge of what other runs did
+        path = Path((args["merge"] or [args["model"]])[0]) / "result.json"
+        if path.is_file():
+            start, of = method(read_json(path, "run unlearn.py again", stage=str, args=dict))
+            name = f"{start}, {'merged' if args['merge'] else 'undone'}"
+            args = args | {"of": of}
+    args = args | {"merge": len(args.get("merge") or [])}
     skip = ("seed", "out", "data", "model", "overwrite", "relearn", "device", "eval_every", "resume",
             "save_every")
     return name, json.dumps({k: v for k, v in args.items() if v and k not in skip}, sort_keys=True)

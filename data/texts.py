@@ -27,6 +27,10 @@ class Texts:
         retain = read_jsonl(folder / "retain.jsonl", text_row)
         self.forget = models.encode_rows(tokenizer, forget, context, args.max_len)
         self.retain = models.encode_rows(tokenizer, retain, context, args.max_len)
+        self.unrelated = []                      # --ilu_data
+        if args.ilu_data:
+            rows = read_jsonl(args.ilu_data, text_row)
+            self.unrelated = models.encode_rows(tokenizer, rows, context, args.max_len)
         self.chosen = None
         self.ref = None
         self.chosen_ref = None
@@ -68,7 +72,7 @@ class Texts:
     def digest(self):
         """A hash of all tokens."""
         out = hashlib.sha256()
-        for samples in (self.forget, self.retain, self.chosen or []):
+        for samples in (self.forget, self.retain, self.chosen or [], self.unrelated):
             for ids, labels in samples:
                 out.update(repr((ids, labels)).encode())
         return out.hexdigest()[:16]

@@ -5,6 +5,7 @@
                                                       # UE .00 -> .77, .72 after relearning on 60 samples
     python unlearn.py --sam_rho 0.1                   # the paper's SAM: .61, then .47
     python unlearn.py --sam_rho 0                     # plain NPO: .76, then .24
+    python unlearn.py --lora 8                        # adapters alone, merged: .76, then .46
     python unlearn.py --loss graddiff --smooth gp+wa  # any loss with any smoother
     python unlearn.py --model ORG/NAME --data FOLDER --lr 5e-6 --beta 0.015 --gamma 2.25 --sam_rho 0.01
     torchrun --nproc_per_node=8 unlearn.py ... --save_every 20      # sharded; go on with --resume when killed

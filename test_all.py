@@ -1,13 +1,12 @@
 """Everything that must hold.
 
-    python test_all.py                      # N tests, about N s on 2 idle cores; pytest collects it too
-    python test_all.py -k Smoothers         # what belongs to sam.py; the other classes are named in the banners
-    REAL_MODEL=FOLDER python test_all.py -k real          # and what takes a real model
+    python test_all.py                  # N tests, about N s on 2 idle cores; pytest collects it too
+    python test_all.py -k Smoothers     # what belongs to sam.py; the other classes are named in the banners
+    python .ci/zoo.py                   # slow: 184 families of models through every script
 
-Each test compares with a definition that does not use the code under test: autograd with double backward, a
-closed form, a loop over single samples, a published table. Nothing is downloaded. The slow part, class Scripts,
-trains the built-in target once (cached in data/tiny/seed0) and runs the scripts as a user would. A part imports
-only what it tests.
+Each test compares with a definition that does not use the code under test: autograd with double
+backward, a closed form, a loop over single samples, a published table. Nothing is downloaded. Class
+Scripts trains the built-in target once (cached in data/tiny/seed0). A part imports only what it tests.
 """
 import contextlib
 import copy
@@ -31,12 +30,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-os.environ["TQDM_DISABLE"] = "1"            # tqdm reads it at import; the scripts that tests start inherit it
+os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it at import; the scripts that tests start inherit it
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+LINUX = Path("/proc/self/clear_refs").exists()
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
@@ -61,11 +61,11 @@ import sam
 
 evaluate, relearn, unlearn = Lazy("evaluate"), Lazy("relearn"), Lazy("unlearn")
 formats, models, losses = Lazy("data.formats"), Lazy("data.models"), Lazy("data.losses")
-scores, tables, runs, states = Lazy("data.scores"), Lazy("data.tables"), Lazy("data.runs"), Lazy("data.states")
+scores, tables, runs = Lazy("data.scores"), Lazy("data.tables"), Lazy("data.runs")
 memory, adapters, finetune = Lazy("data.memory"), Lazy("data.adapters"), Lazy("data.finetune")
 texts, prompts, stream = Lazy("data.texts"), Lazy("data.prompts"), Lazy("data.stream")
 undo, latent, optimizers = Lazy("data.undo"), Lazy("data.latent"), Lazy("data.optimizers")
-split, merge, ilu = Lazy("data.split"), Lazy("data.merge"), Lazy("data.ilu")
+split, merge, ilu, states = Lazy("data.split"), Lazy("data.merge"), Lazy("data.ilu"), Lazy("data.states")
 muse, tofu = Lazy("data.muse.metrics"), Lazy("data.tofu.metrics")
 
 
@@ -99,10 +99,18 @@ def little_llama(dtype=torch.float64, seed=0, context=64, **more):
     """A random Llama of about 5,000 parameters over words()."""
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(seed)
-    config = {"vocab_size": len(words()), "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
-              "intermediate_size": 24, "max_position_embeddings": context, "initializer_range": 0.3,
-              "tie_word_embeddings": False}
+    config = {"vocab_size": len(words()), "hidden_size": 16, "intermediate_size": 24,
+              "num_hidden_layers": 3, "num_attention_heads": 2, "max_position_embeddings": context,
+              "initializer_range": 0.3, "tie_word_embeddings": False}
     return LlamaForCausalLM(LlamaConfig(**config | more)).to(dtype).eval()
+
+
+def little_gpt2():
+    """A random GPT-2 over words()."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(words()), n_embd=16, n_layer=2, n_head=2,
+                                      n_positions=64, bos_token_id=1, eos_token_id=2)).eval()
 
 
 def text_samples(texts=TEXTS, tokenizer=None):
@@ -186,7 +194,7 @@ def write_model(folder, model, tokenizer=None):
 
 
 def write_world(folder, model, tokenizer=None):
-    """A data folder with a model in it: rows and questions over words(). Returns the flags to run on it."""
+    """A data folder with a model in it. Returns the flags to run unlearn.py on it."""
     folder = Path(folder)
     write_model(folder / "model", model, tokenizer)
     rows = [{"prompt": t, "completion": f" the cat {t}", "fact": i} for i, t in enumerate(TEXTS)]
@@ -195,13 +203,8 @@ def write_world(folder, model, tokenizer=None):
         write_rows(folder / f"{part}.jsonl", rows)
         write_rows(folder / f"mcq_{part}.jsonl", asked)
     (folder / "meta.json").write_text(json.dumps({"prompt": PROMPT}))
-    return ["--model", folder / "model", "--data", folder, "--steps", 5, "--batch_size", 3, "--warmup", 0,
-            "--no-relearn"]
-
-
-def saved(folder, *names):
-    """[the bytes of model.safetensors] of some runs in a folder."""
-    return [(folder / name / "model.safetensors").read_bytes() for name in names]
+    return ["--model", folder / "model", "--data", folder, "--no-relearn", "--steps", 5,
+            "--batch_size", 3, "--warmup", 0]
 
 
 def run_here(name, *flags):
@@ -232,8 +235,8 @@ class Folder(unittest.TestCase):
         self.addCleanup(shutil.rmtree, self.tmp)
 
     def run_script(self, name, *flags, says=None):
-        """Run a script of the tree; `says`: part of the one line of error that it must end with. Returns its
-        stdout, or that line."""
+        """Run a script; `says`: part of the one line of error that it must end with. Returns its stdout,
+        or that line."""
         status, out, err = run_here(name, *flags)
         if says is None:
             self.assertEqual(status, 0, err)
@@ -242,6 +245,41 @@ class Folder(unittest.TestCase):
         self.assertEqual((status, len(lines)), (2, 1), err)
         self.assertIn(says, lines[0])
         return lines[0]
+
+
+class World(Folder):
+    """And with a little model and data for it, which self.flags run unlearn.py on."""
+
+    def setUp(self):
+        super().setUp()
+        self.world = self.tmp / "world"
+        self.model = self.world / "model"
+        self.flags = write_world(self.world, little_llama(torch.float32))
+
+    def unlearn(self, name, *flags, says=None):
+        """A run in self.tmp / name."""
+        return self.run_script("unlearn.py", *self.flags, "--out", self.tmp / name, *flags, says=says)
+
+    def break_off(self, name, at, *flags):
+        """Such a run, with Ctrl-C in step `at`, counted from 1."""
+        count = itertools.count(1)
+        clip = torch.nn.utils.clip_grad_norm_
+
+        def clip_or_die(*args):
+            if next(count) == at:
+                raise KeyboardInterrupt
+            return clip(*args)
+        with mock.patch.object(torch.nn.utils, "clip_grad_norm_", clip_or_die):
+            status = run_here("unlearn.py", *self.flags, "--out", self.tmp / name, *flags)[0]
+        self.assertEqual(status, 130)
+
+    def result(self, name):
+        return read_json(self.tmp / name / "result.json")
+
+    def same_weights(self, *names):
+        """Are those of some runs equal bit for bit?"""
+        paths = [self.tmp / name / "model.safetensors" for name in names]
+        self.assertEqual(len({path.read_bytes() for path in paths}), 1)
 
 
 # ---- kernels/ by Triton's interpreter -----------------------------------------------------------------
@@ -253,7 +291,7 @@ try:
     triton.knobs.runtime.interpret = True
     mt = sam.kernel_file("multi_tensor")
     adamw = sam.kernel_file("adamw")
-except ImportError:                         # no Triton for this platform: the tests of kernels/ are skipped
+except ImportError:  # no Triton for this platform: the tests of kernels/ are skipped
     triton = None
 del os.environ["TRITON_INTERPRET"]          # or sam.py and unlearn.py would choose Triton by themselves
 
@@ -342,15 +380,14 @@ class Smoothers(unittest.TestCase):
 
     def test_gp_and_cr_converge_to_the_exact_gradients_of_their_penalties(self):
         net = Network()
-        other = Network()
         step = v_times(0.2, net.gradient(), "l2")                              # held fixed, as in CURE
         here = net.gradient(graph=True)
         there = net.gradient([p + s for p, s in zip(net.params, step)], graph=True)
+        other = Network()
         gp = functools.partial(sam.GP, other.params, 0.7)
         cr = functools.partial(sam.CR, other.params, 0.7, 0.2)
         for make, vectors in ((gp, here), (cr, [b - a for a, b in zip(here, there)])):
-            penalty = torch.cat([v.flatten() for v in vectors]).norm()
-            total = net.loss(net.params) + 0.7 * penalty
+            total = net.loss(net.params) + 0.7 * torch.cat([v.flatten() for v in vectors]).norm()
             want = flat(torch.autograd.grad(total, net.params, retain_graph=True))
             errors = [(other.smoothed(make(r)) - want).norm().item() for r in (1e-3, 1e-4, 1e-5)]
             self.assertLess(errors[2], 1e-4)
@@ -367,7 +404,7 @@ class Smoothers(unittest.TestCase):
             sam.noise_(z, 1.0, sam.draw_seed(5, draw))
             at.append(flat(net.gradient(net.at([0.1 * x for x in z]))))
             if draw in (1, 2):
-                exactly(net.smoothed(noised), flat(net.gradient(net.moved(z, 0.3))))
+                exactly(net.smoothed(noised), flat(net.gradient(net.at(v_times(0.3, z, "l2")))))
             if draw in (1, 3):
                 exactly(net.smoothed(rs), (at[draw - 1] + at[draw]) / 2)
         exactly(rs.stats["asked_norm"], 0.1 * flat(z).norm())                  # of the last draw
@@ -465,24 +502,18 @@ class Smoothers(unittest.TestCase):
             b = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
             params = [a, frozen, b, a, none, empty]                        # a is tied: it must move once
             before = [p.detach().clone() for p in params]
-            a.grad = torch.full((3,), 2.0)
-            b.grad = torch.full((2,), 3.0).bfloat16()
-            empty.grad = torch.ones(0)
+            for p, g in ((a, 2.0), (b, 3.0), (empty, 1.0)):
+                p.grad = torch.full_like(p, g)
             norm = math.sqrt(3 * 4 + 2 * 9)
             with sam.SAM(params, 5.0, triton=path).perturbed():
-                torch.testing.assert_close(a.detach(), torch.full((3,), 1 + 5 * 2 / norm))
-                torch.testing.assert_close(b.detach(), torch.full((2,), 1 + 5 * 3 / norm).bfloat16())
-                self.assertTrue(torch.equal(frozen, torch.ones(3)))
+                for p, g in ((a, 2), (b, 3), (frozen, 0)):
+                    torch.testing.assert_close(p.detach(), torch.full_like(p, 1 + 5 * g / norm))
                 none.grad = torch.ones(2)                                      # in the second pass only
             self.assertTrue(same(params, before))
             self.assertTrue(torch.equal(none.grad, torch.ones(2)))
 
-    def test_bad_numbers_and_perturbing_twice_are_errors(self):
+    def test_perturbing_twice_is_an_error(self):
         p = torch.nn.Parameter(torch.ones(2))
-        for make, *flags in ((sam.SAM, -0.1), (sam.SAM, math.nan), (sam.SAM, 0.1, "l1"), (sam.RS, -1.0),
-                             (sam.RS, 1.0, 0), (sam.GP, -1.0), (sam.GP, 1, 0.0), (sam.CR, 1, 0.1, 0.0)):
-            self.assertRaises(ValueError, make, [p], *flags)
-        self.assertRaises(ValueError, sam.Lookahead, [p], steps=0)
         for kind in (sam.SAM, sam.Momentum, sam.Lookahead, sam.Random):
             p.grad = torch.ones(2)
             smoother = kind([p], 0.1)
@@ -519,55 +550,24 @@ class Smoothers(unittest.TestCase):
 
 
 # ---- sam.py in other people's loops -------------------------------------------------------------------
-
 class Loops(unittest.TestCase):
-    def by_hand(self, net, rho):
-        """SAM's gradient by autograd."""
-        return flat(net.gradient(net.moved(net.gradient(), rho)))
-
     def test_gradients_in_somebody_elses_memory_are_copied(self):
         """As with DDP's gradient_as_bucket_view: p.grad is a view that every backward pass writes to."""
-        for make in (lambda p: sam.SAM(p, 0.3), lambda p: sam.GP(p, 0.2, 0.3), lambda p: sam.CR(p, 0.2, 0.3)):
-            net = Network()
-            want = net.smoothed(make(net.params))
+        net = Network()
+        before = flat(net.params).clone()
+        for (ours, _), (theirs, _) in zip(every_smoother(net.params), every_smoother(net.params)):
+            want = net.smoothed(functools.partial(call, ours))
             sam.take_grads(net.params)
-            before = flat(net.params).clone()
             bucket = torch.zeros(before.numel(), dtype=torch.float64)
 
             def into_bucket(views=bucket.split([p.numel() for p in net.params])):
                 loss = net.loss(net.params)
                 for p, view, g in zip(net.params, views, torch.autograd.grad(loss, net.params)):
-                    p.grad = view.view_as(p).copy_(g)
+                    p.grad = view.view_as(p).copy_(g if p.grad is None else p.grad + g)
                 return loss.detach()
-            make(net.params)(into_bucket)
+            call(theirs, into_bucket)
             self.assertTrue(torch.equal(flat(net.params), before))
             torch.testing.assert_close(flat(p.grad for p in net.params), want)
-
-    def test_ddp_with_bucket_views_is_the_single_process(self):
-        code = """if True:
-            import os, torch, sam
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-            torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
-            torch.manual_seed(0)
-            net, x = torch.nn.Linear(3, 2), torch.randn(5, 3)
-            spread = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
-            before = net.weight.detach().clone()
-            found = []
-            for model in (net, spread):
-                s = sam.SAM(net.parameters(), 0.5)
-                for _ in range(2):
-                    net.zero_grad()
-                    model(x).square().mean().backward()
-                    with s.perturbed():
-                        model(x).square().mean().backward()
-                    assert torch.equal(net.weight, before)
-                found.append(net.weight.grad.clone())
-            torch.testing.assert_close(*found)
-            print("fine")
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            run = in_python(code.replace("import os,", "import sys, os,"), f"{folder}/store")
-        self.assertEqual(run.stdout.strip(), "fine", run.stderr)
 
     def test_gradients_that_share_memory_are_restored_and_parameters_that_do_are_refused(self):
         a = torch.nn.Parameter(torch.randn(2, 3))
@@ -587,50 +587,51 @@ class Loops(unittest.TestCase):
         torch.manual_seed(0)
         net = torch.nn.Linear(8, 4)
         x = torch.randn(16, 8)
+        params = list(net.parameters())
 
         def closure():
             loss = net(x).square().mean()
             loss.backward()
             return loss.detach()
-        for make in (lambda: sam.SAM(net.parameters(), 2.0), lambda: sam.RS(net.parameters(), 0.5, 1),
-                     lambda: sam.GP(net.parameters(), 1.0, 2.0), lambda: sam.CR(net.parameters(), 1.0, 2.0)):
-            found = []
-            for blocks in (1, 9):                # one block around all, or one for each pass
+        for (ours, passes), (theirs, _) in zip(every_smoother(params), every_smoother(params)):
+            net.zero_grad()
+            call(ours, torch.autocast("cpu", torch.bfloat16)(closure))           # a block for each pass
+            want = net.weight.grad.clone()
+            with torch.autocast("cpu", torch.bfloat16):
+                closure()  # fills the cache of casts
                 net.zero_grad()
-                if blocks == 1:
-                    with torch.autocast("cpu", torch.bfloat16):
-                        closure()                # fills the cache of casts
-                        net.zero_grad()
-                        make()(closure)
-                else:
-                    make()(torch.autocast("cpu", torch.bfloat16)(closure))
-                found.append(net.weight.grad.clone())
-            torch.testing.assert_close(*found)
+                call(theirs, closure)
+            torch.testing.assert_close(net.weight.grad, want)
 
     def test_what_p_grad_held_is_added_to(self):
-        for smoother in (lambda p: sam.SAM(p, 0.3), lambda p: sam.GP(p, 0.2, 0.3), lambda p: sam.RS(p, 0.2, 2),
-                         lambda p: sam.Momentum(p, 0.3), lambda p: sam.Random(p, 0.3),
-                         lambda p: sam.CR(p, 0.2, 0.3), lambda p: sam.Plain()):
-            nets = [Network(0), Network(1)]      # two micro-batches of one set of weights
-            nets[1].params = nets[0].params
-            want = sum(net.smoothed(smoother(net.params)) for net in nets)
-            nets[0].smoothed(smoother(nets[0].params))
-            smoother(nets[0].params)(nets[1].closure)
-            torch.testing.assert_close(flat(p.grad for p in nets[0].params), want)
+        one = Network(0)
+        other = Network(1)                       # two micro-batches of one set of weights
+        other.params = one.params
+        for (a, _), (b, _), (c, _), (d, _) in zip(*[every_smoother(one.params) for _ in range(4)]):
+            want = one.smoothed(functools.partial(call, a)) + other.smoothed(functools.partial(call, b))
+            one.smoothed(functools.partial(call, c))
+            call(d, other.closure)
+            torch.testing.assert_close(flat(p.grad for p in one.params), want)
 
     def test_calls_that_mean_something_else_are_refused(self):
         net = torch.nn.Linear(2, 2)
-        other = torch.nn.Linear(2, 2)
-        sgd = torch.optim.SGD(net.parameters(), lr=0.1)
-        for params, more, says in ((net.named_parameters(), {}, "found a tuple"),
-                                   (sgd.param_groups, {}, "found a dict"), ([], {}, "requires a gradient"),
-                                   (net.parameters(), {"perturb": other.parameters()}, "perturb"),
-                                   (net.parameters(), {"rho": torch.optim.SGD}, "a number")):
-            self.assertRaisesRegex(ValueError, says, sam.SAM, params, **more)
-        for name in ("_is_flat_param", "_fsdp_flattened"):            # what FSDP1 writes on its parameters
-            p = torch.nn.Parameter(torch.zeros(3))
-            setattr(p, name, True)
-            self.assertRaisesRegex(ValueError, "FSDP2", sam.SAM, [p])
+        p = torch.nn.Parameter(torch.zeros(3))
+        sgd = torch.optim.SGD([p], lr=0.1)
+        for says, make, *args in (("found a tuple", sam.SAM, net.named_parameters()),
+                                  ("found a dict", sam.SAM, sgd.param_groups),
+                                  ("requires a gradient", sam.SAM, []),
+                                  ("perturb", sam.SAM, net.parameters(), 0.1, "l2", [p]),
+                                  ("a number", sam.SAM, [p], torch.optim.SGD), ("", sam.SAM, [p], -0.1),
+                                  ("", sam.SAM, [p], math.nan), ("", sam.SAM, [p], 0.1, "l1"),
+                                  ("", sam.RS, [p], -1.0), ("", sam.RS, [p], 1.0, 0),
+                                  ("", sam.GP, [p], -1.0), ("", sam.GP, [p], 1, 0.0),
+                                  ("", sam.CR, [p], 1, 0.1, 0.0),
+                                  ("", functools.partial(sam.Lookahead, steps=0), [p])):
+            self.assertRaisesRegex(ValueError, says, make, *args)
+        for name in ("_is_flat_param", "_fsdp_flattened"):  # what FSDP1 writes on its parameters
+            flattened = torch.nn.Parameter(torch.zeros(3))
+            setattr(flattened, name, True)
+            self.assertRaisesRegex(ValueError, "FSDP2", sam.SAM, [flattened])
         table = torch.nn.Embedding(5, 2, sparse=True)
         s = sam.SAM(table.parameters(), 0.1)
         table(torch.tensor([1])).sum().backward()
@@ -662,29 +663,19 @@ def agree(ours, theirs, exact=False):
 
 @contextlib.contextmanager
 def launches():
-    """The names of the kernels that run inside, where it is an error to read a tensor's value on the
-    host, but for the interpreter."""
+    """The names of the kernels that run inside, where only the interpreter may read a tensor's value."""
     run = GridExecutor.__call__
     names = []
-    running = []
+    waits = mock.Mock(side_effect=AssertionError("waits for the device"))
+    reads = "item cpu tolist numpy __bool__ __float__ __int__ __index__ __array__ nonzero"
+    guard = mock.patch.multiple(torch.Tensor, **dict.fromkeys(reads.split(), waits))
 
     def counted(self, *args, **kwargs):
         names.append(self.fn.__name__)
-        running.append(self)
+        guard.__exit__(None, None, None)
         run(self, *args, **kwargs)
-        running.pop()
-
-    def guarded(name):
-        method = getattr(torch.Tensor, name)
-
-        def read(tensor, *args, **kwargs):
-            assert running, f"Tensor.{name} waits for the device"
-            return method(tensor, *args, **kwargs)
-        return read
-    reads = "item cpu tolist numpy __bool__ __float__ __int__ __index__ __array__ nonzero"
-    guards = {name: guarded(name) for name in reads.split()}
-    patch = mock.patch.multiple
-    with patch(torch.Tensor, **guards), patch(GridExecutor, __call__=counted):
+        guard.__enter__()
+    with mock.patch.object(GridExecutor, "__call__", counted), guard:
         yield names
 
 
@@ -705,13 +696,6 @@ class Kernels(unittest.TestCase):
         for module, (seed, counters, want) in itertools.product((mt, adamw), known):
             words = module.philox_ref(seed, *map(torch.tensor, counters))
             self.assertEqual(tuple(map(int, words)), want)
-
-    def test_norm_is_the_fp64_root_of_the_sum_of_squares(self):
-        for g, chunk in ((randn(SIZES, HALF), 64), (randn(LARGE), mt.CHUNK),
-                         (randn([5, 70]) + randn([9], HALF), 16)):
-            norm = mt.global_norm(g, chunk=chunk)
-            torch.testing.assert_close(norm.double(), flat(g).double().norm(), rtol=1e-6, atol=0)
-        self.assertEqual(mt.global_norm([]), 0)
 
     def test_ascent_moves_saves_measures_and_restores(self):
         for sizes, dtype, given, linf, reuse in (
@@ -744,25 +728,20 @@ class Kernels(unittest.TestCase):
         before = randn([300], seed=3)[0]
         old = five_views(before)
         d = five_views(randn([300], seed=4)[0])
-        for name in ("ascent", "noise", "mean"):
+        third = [(y - x) / 3 for x, y in zip(old, d)]
+        z = []
+        for i, x in enumerate(old):
+            z.append(mt.noise_ref(x.numel(), i, 9).float().as_strided(x.shape, x.stride()))
+        saved = []
+        norm = flat(d).norm().item()
+        for step, near, move, *args in ((d, 1e-6, mt.ascent_, d, norm, saved, False),
+                                        (z, 1e-5, mt.noise_, 1, 9), (third, 0, mt.running_mean_, d, 3)):
             buffer = before.clone()
-            w = five_views(buffer)
-            if name == "ascent":
-                saved = []
-                norm = mt.ascent_(w, d, 2.0, saved, reuse=False, chunk=64)["norm"]
-                want = [mt.ascent_ref(x, y, 2.0 / (norm + 1e-12)) for x, y in zip(old, d)]
-                self.assertTrue(same([x for _, x in saved], old))
-            elif name == "noise":
-                mt.noise_(w, 0.5, 9, chunk=64)
-                want = []
-                for i, x in enumerate(old):
-                    z = mt.noise_ref(x.numel(), i, 9).float().as_strided(x.shape, x.stride())
-                    want.append(x + 0.5 * z)
-            else:
-                mt.running_mean_(w, d, 3, chunk=64)
-                want = [x + (y - x) / 3 for x, y in zip(old, d)]
-            torch.testing.assert_close(w, want, rtol=0, atol=1e-5 if name == "noise" else 0)
+            move(five_views(buffer), *args, chunk=64)
+            want = [x + y for x, y in zip(old, step)]
+            torch.testing.assert_close(five_views(buffer), want, rtol=0, atol=near)
             self.assertTrue(same([buffer[around]], [before[around]]))
+        self.assertTrue(same([x for _, x in saved], old))
 
     def test_gaps_other_orders_dtypes_devices_and_chunks_are_refused(self):
         buffer = randn([300], seed=3)[0]
@@ -833,7 +812,7 @@ class Kernels(unittest.TestCase):
             backward()
             with sam.SAM(params, 0.1, norm, triton=True).perturbed() as smoother:
                 backward()
-            self.assertRaisesRegex(AssertionError, "item", smoother.stats["norm"].item)   # guarded
+            self.assertRaisesRegex(AssertionError, "waits", smoother.stats["norm"].item)  # guarded
         mean = [p.detach().float() for p in params]
         fours = adam_rows([3, 70], (FULL,) * 4) + adam_rows([5, 8], (HALF,) * 4)
         rows = [(*four, adamw.scalars(1, 0.1, (0.9, 0.9), 1e-8, 0), 0, 1) for four in fours]
@@ -847,8 +826,7 @@ class Kernels(unittest.TestCase):
 
     def test_whatever_is_raised_the_weights_come_back_bit_for_bit(self):
         launch = mt._launch
-        errors = (KeyboardInterrupt("Ctrl-C"), RuntimeError("other"))
-        for error, where in itertools.product(errors, ("body", "before", "second", "after")):
+        for where in ("body", "before", "second", "after"):
             params = list(map(torch.nn.Parameter, randn([70, 9]) + randn([5], HALF)))       # 2 launches
             before = copies(params)
             ascents = iter(("before", "second"))
@@ -856,18 +834,18 @@ class Kernels(unittest.TestCase):
             def failing(kernel, *args, **kwargs):
                 moves = kernel is mt._ascent_kernel
                 if moves and next(ascents) == where:
-                    raise error
+                    raise KeyboardInterrupt
                 launch(kernel, *args, **kwargs)
                 if moves and where == "after":
-                    raise error
+                    raise KeyboardInterrupt
             s = sam.SAM(params, 0.5, triton=True)
             for p in params:
                 p.grad = torch.ones_like(p)
-            with mock.patch.object(mt, "_launch", failing), self.assertRaises(type(error)):
+            with mock.patch.object(mt, "_launch", failing), self.assertRaises(KeyboardInterrupt):
                 with s.perturbed():
                     self.assertFalse(same(params, before))
-                    raise error
-            self.assertTrue(same(params, before) and not s.saved, (error, where))
+                    raise KeyboardInterrupt
+            self.assertTrue(same(params, before) and not s.saved, where)
 
     def test_smoothers_by_kernels_are_bit_for_bit_those_in_torch(self):
         """With the kernels' norm, as torch's sums in another order; those with noise nearly."""
@@ -902,7 +880,8 @@ class Kernels(unittest.TestCase):
         with mock.patch.object(torch.cuda, "is_available", return_value=True), \
                 mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True):
             self.assertRaisesRegex(RuntimeError, "CUDA graph", mt.global_norm, randn([3]))
-            self.assertRaisesRegex(RuntimeError, "CUDA graph", adamw.AdamW(randn([3]), triton=False).step)
+            step = adamw.AdamW(randn([3]), triton=False).step
+            self.assertRaisesRegex(RuntimeError, "CUDA graph", step)
 
     def test_without_a_c_compiler_usable_says_what_to_do_after_one_trial_a_device(self):
         """Tensors say that they lie on a GPU, and every launch meets what Triton raises."""
@@ -933,36 +912,27 @@ class Kernels(unittest.TestCase):
             x = torch.randn(8, 5)
             for module in (split[0], split[2], split):
                 fully_shard(module, mesh=mesh)
-            def gathered():
-                return [q.full_tensor().detach().clone() for q in split.parameters()]
-            def check():
-                torch.testing.assert_close([p.detach() for p in whole.parameters()], gathered(),
-                                           rtol=1e-6, atol=1e-7)
-            jobs = []
+            def weights(model):
+                tensors = (p.full_tensor() if model is split else p for p in model.parameters())
+                return [t.detach().clone() for t in tensors]
+            found = []
             for model, triton in ((whole, False), (split, True)):
                 params = list(model.parameters())
-                jobs.append((model, sam.SAM(params, 0.3, triton=triton),
-                             adamw.AdamW(params, lr=0.1, triton=triton)))
-            before = gathered()
-            for model, smoother, _ in jobs:
+                optimizer = adamw.AdamW(params, lr=0.1, triton=triton)
+                before = weights(model)
                 model(x).square().mean().backward()
-                smoother.ascent()
-            check()
-            assert not torch.equal(before[0], gathered()[0])
-            for k, value in jobs[0][1].stats.items():
-                torch.testing.assert_close(value, jobs[1][1].stats[k], rtol=1e-5, atol=0)
-            for model, smoother, optimizer in jobs:
-                model(x).square().mean().backward()
-                smoother.restore()
-                if model is split:
-                    assert all(map(torch.equal, before, gathered()))
+                with sam.SAM(params, 0.3, triton=triton).perturbed() as smoother:
+                    there = weights(model)
+                    model(x).square().mean().backward()
+                assert all(map(torch.equal, before, weights(model)))
                 optimizer.step()
-            check()
-            before = gathered()
-            stats = mt.noise_(list(split.parameters()), 1.0, 3)
-            moved = [a - b for a, b in zip(gathered(), before)]
-            a, b = moved[0].chunk(2)
-            assert not torch.allclose(a, b, atol=0.1), "both shards drew the same noise"
+                found.append([there, weights(model), dict(smoother.stats)])
+                assert not torch.equal(before[0], there[0])
+            torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
+            before = weights(split)
+            stats = mt.noise_(params, 1.0, 3)
+            moved = [a - b for a, b in zip(weights(split), before)]
+            assert not torch.allclose(*moved[0].chunk(2), atol=0.1), "both shards drew the same noise"
             norm = torch.cat([t.flatten() for t in moved]).norm()
             torch.testing.assert_close(stats["norm"], norm, rtol=1e-5, atol=0)
             torch.distributed.destroy_process_group()
@@ -1086,28 +1056,6 @@ class AdamW(unittest.TestCase):
             one.zero_grad()
             other.zero_grad()
 
-    def test_a_saved_state_goes_on_bit_for_bit_with_its_dtype(self):
-        def run_on(optimizer, p, steps):
-            for step in steps:
-                p.grad = randn([50], HALF, step)[0]
-                optimizer.step()
-            return [p, *optimizer.state[p].values()]
-        flags = {"lr": 1e-3, "stochastic_rounding": True, "state_dtype": FULL}
-        p = torch.nn.Parameter(randn([50], HALF, scale=0.02)[0])
-        first = adamw.AdamW([p], seed=3, **flags)
-        run_on(first, p, range(3))
-        saved = io.BytesIO()
-        torch.save(first.state_dict(), saved)
-        ends = []
-        for seed in (3, 4):
-            saved.seek(0)
-            q = torch.nn.Parameter(p.detach().clone())
-            second = adamw.AdamW([q], seed=seed, **flags)
-            second.load_state_dict(torch.load(saved))
-            ends.append(run_on(second, q, range(3, 6)))
-        self.assertTrue(same(ends[0], run_on(first, p, range(3, 6))))
-        self.assertFalse(same(ends[0][:1], ends[1][:1]))                  # another seed, other bits
-
     def test_stochastic_rounding_is_exact_on_average_and_between_neighbours(self):
         """Over all 65,536 random words the mean of the rounded value is the value, to the last bit."""
         bits = torch.arange(65536, dtype=torch.int32)
@@ -1143,24 +1091,25 @@ class AdamW(unittest.TestCase):
         self.assertLess(max(share["torch"], share["nearest"]), 0.1)
         self.assertAlmostEqual(gain, 1, delta=0.05)                                # 6 standard errors
 
-    def test_a_bf16_run_with_stochastic_rounding_tracks_fp32_and_to_nearest_does_not(self):
-        g = torch.Generator().manual_seed(0)
-        start = (torch.randn(48, 48, generator=g) * 0.02).bfloat16()
-        goal = start.float() + 2e-3 * torch.randn(48, 48, generator=g).sign()
-        x = torch.randn(256, 48, generator=g)
-        first = (x @ (start.float() - goal).T).square().mean().item()
-        left = {}
-        for name, dtype, stochastic in (("fp32", FULL, False), ("stochastic", HALF, True),
-                                        ("nearest", HALF, False)):
-            p = torch.nn.Parameter(start.to(dtype, copy=True))
-            optimizer = adamw.AdamW([p], lr=5e-6, weight_decay=0.0, stochastic_rounding=stochastic)
-            for _ in range(300):
-                (x @ (p.float() - goal).T).square().mean().backward()
+    def test_a_saved_state_goes_on_bit_for_bit_with_its_dtype(self):
+        start = randn([50], HALF, scale=0.02)[0]
+        make = functools.partial(adamw.AdamW, lr=1e-3, stochastic_rounding=True, state_dtype=FULL)
+        ends = []
+        for seed, breaks in ((3, False), (3, True), (4, True)):
+            p = torch.nn.Parameter(start.clone())
+            optimizer = make([p], seed=3)
+            for step in range(6):
+                if step == 3 and breaks:
+                    saved = io.BytesIO()
+                    torch.save(optimizer.state_dict(), saved)
+                    saved.seek(0)
+                    optimizer = make([p], seed=seed)
+                    optimizer.load_state_dict(torch.load(saved))
+                p.grad = randn([50], HALF, step)[0]
                 optimizer.step()
-                optimizer.zero_grad()
-            left[name] = (x @ (p.detach().float() - goal).T).square().mean().item() / first
-        self.assertAlmostEqual(left["stochastic"], left["fp32"], delta=0.1)
-        self.assertGreater(left["nearest"], 0.7)
+            ends.append([p, *optimizer.state[p].values()])
+        self.assertTrue(same(ends[0], ends[1]))
+        self.assertFalse(same(ends[0][:1], ends[2][:1]))                  # another seed, other bits
 
 
 # ---- data/losses.py -----------------------------------------------------------------------------------
@@ -1191,11 +1140,11 @@ class Losses(unittest.TestCase):
 
     def test_the_cached_reference_is_a_live_reference_model(self):
         model = little_llama()
-        samples = text_samples()
         for reduce in ("mean", "sum"):
-            ref = losses.reference_logps(model, samples, 2, 0, reduce)
-            np.testing.assert_allclose(ref, [-nll(model, ids, reduce).item() for ids, _ in samples])
-            micro = losses.micro_batches(samples, [3, 0, 4], 2, 0, "cpu", ref)
+            ref = losses.reference_logps(model, text_samples(), 2, 0, reduce)
+            want = [-nll(model, ids, reduce).item() for ids, _ in text_samples()]
+            np.testing.assert_allclose(ref, want)
+            micro = losses.micro_batches(text_samples(), [3, 0, 4], 2, 0, "cpu", ref)
             npo = losses.forget_sum(SimpleNamespace(loss="npo", beta=0.3, reduce=reduce))
             loss = losses.descend(model, micro, npo, "samples")
             self.assertAlmostEqual(loss.item(), 2 / 0.3 * math.log(2), places=9)
@@ -1268,8 +1217,7 @@ class Losses(unittest.TestCase):
 
 
 # ---- data/undo.py -------------------------------------------------------------------------------------
-
-class Undo(Folder):
+class Undo(World):
     def test_damage_shrinks_everything_and_puts_xaviers_noise_into_matrices(self):
         torch.manual_seed(0)
         params = [torch.randn(300, 200), torch.randn(50), torch.randn(2, 60, 90)]
@@ -1290,51 +1238,41 @@ class Undo(Folder):
             self.assertLess(xi.abs().max(), 1.2 * bound)             # bf16 rounds
             self.assertAlmostEqual(xi.std().item() / bound, 3 ** -0.5, delta=0.03)
 
-    def test_a_step_goes_down_the_forward_kl_to_the_teacher(self):
-        teacher, model, other = little_llama(), little_llama(seed=1), little_llama(seed=1)
-        micro = losses.micro_batches(text_samples(), range(5), 2, 0, "cpu")
-        optimizer = torch.optim.SGD(list(model.parameters()), lr=9.0)
-        found = undo.distil(model, teacher, optimizer, iter([micro]), 1, 0.5)
+    def test_a_step_goes_down_the_forward_kl_to_the_teacher_whatever_the_chunks(self):
+        teacher = little_llama()
+        other = little_llama(seed=1)
         total = 0.0
         for ids, _ in text_samples():
             p, q = (m(torch.tensor([ids])).logits[0, :-1].log_softmax(-1) for m in (teacher, other))
             total = total + (p.exp() * (p - q)).sum()
         mean = total / sum(len(ids) - 1 for ids, _ in text_samples())
         step = 0.5 * flat(torch.autograd.grad(mean, list(other.parameters())))
-        self.assertAlmostEqual(found[0], mean.item(), places=9)
-        moved = flat(other.parameters()) - flat(model.parameters())
-        torch.testing.assert_close(moved, step, rtol=1e-4, atol=1e-7)
-
-    def test_without_damage_the_kl_is_0_and_no_weight_moves(self):
-        flags = write_world(self.tmp / "world", little_llama(torch.float32))
-        how = ["--loss", "none", "--undo_alpha", 0, "--undo_beta", 1, "--undo_steps", 3]
+        micro = losses.micro_batches(text_samples(), range(5), 2, 0, "cpu")
         for chunk in (2**24, 100):                                   # of logits: all, and three rows
+            model = little_llama(seed=1)
+            optimizer = torch.optim.SGD(list(model.parameters()), lr=9.0)
             with mock.patch.object(models, "CHUNK", chunk):
-                self.run_script("unlearn.py", *flags, *how, "--overwrite", "--out", self.tmp / "run")
-            result = read_json(self.tmp / "run" / "result.json")
-            self.assertEqual((result["undo"], result["curve"]), ([0, 0, 0], []))
-            self.assertEqual(saved(self.tmp, "run"), saved(self.tmp, "world/model"))
+                found = undo.distil(model, teacher, optimizer, iter([micro]), 1, 0.5)
+            self.assertAlmostEqual(found[0], mean.item(), places=9)
+            moved = flat(other.parameters()) - flat(model.parameters())
+            torch.testing.assert_close(moved, step, rtol=1e-4, atol=1e-7)
 
     def test_undo_after_the_last_step_is_undo_of_the_finished_run_also_after_a_kill(self):
-        flags = [*write_world(self.tmp / "world", little_llama(torch.float32)), "--smooth", "sam+wa"]
+        self.flags += ["--smooth", "sam+wa"]
         after = ["--undo_alpha", 0.3, "--undo_beta", 0.1, "--undo_steps", 4, "--undo_lr", 1e-3]
-        self.run_script("unlearn.py", *flags, "--out", self.tmp / "plain")
-        more = ["--gradient_checkpointing", "--out", self.tmp / "whole"]
-        self.run_script("unlearn.py", *flags, *after, *more)
-        alone = ["--loss", "none", "--model", self.tmp / "plain", "--out", self.tmp / "alone"]
-        self.run_script("unlearn.py", *flags[2:-2], *after, *alone)
+        self.unlearn("plain")
+        self.unlearn("whole", *after, "--gradient_checkpointing")
         for at in (4, 7):                                            # in a step of sam, in one of UNDO
-            more = [*flags, *after, "--save_every", 2, "--out", self.tmp / f"killed{at}"]
-            self.assertEqual(Runs.broken_off(self, at, *more), 130)
-            self.run_script("unlearn.py", *more, "--resume")
-        self.assertEqual(len({*saved(self.tmp, "whole", "alone", "killed4", "killed7")}), 1)
-        name = tables.method(read_json(self.tmp / "alone" / "result.json"))[0]
-        self.assertEqual(name, "npo+sam+wa, undone")
+            self.break_off(f"killed{at}", at, *after, "--save_every", 2)
+            self.unlearn(f"killed{at}", *after, "--resume")
+        self.flags = self.flags[2:-2]
+        self.unlearn("alone", *after, "--loss", "none", "--model", self.tmp / "plain")
+        self.same_weights("whole", "alone", "killed4", "killed7")
+        self.assertEqual(tables.method(self.result("alone"))[0], "npo+sam+wa, undone")
 
 
 # ---- data/latent.py and data/direction.py -------------------------------------------------------------
-
-class Latent(Folder):
+class Latent(World):
     def attack(self, layers=3, **more):
         """An attack as --latent makes it, its model, micro-batches of a forget and of a retain set."""
         model = little_llama(num_hidden_layers=layers)
@@ -1397,14 +1335,12 @@ class Latent(Folder):
 
     def test_what_is_taken_out_is_the_difference_of_mean_last_states_of_half_the_samples(self):
         attack, model, forget, retain = self.attack(layers=4, latent="direction")
-        means = []
-        for some in (TEXTS, TEXTS[::-1][:3]):
-            states = []
+        r = 0                                                        # (L, D) of the last 3 of 4 layers
+        for some, sign in ((TEXTS, 1), (TEXTS[::-1][:3], -1)):
             for ids, _ in text_samples(some):
-                found = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
-                states.append(torch.stack(found[1:4])[:, 0, -1])     # (L, D) of the last 3 of 4
-            means.append(torch.stack(states).mean(0))
-        r = F.normalize(means[0] - means[1]).detach()
+                states = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+                r += sign * torch.stack(states[1:4])[:, 0, -1].detach() / len(some)
+        r = F.normalize(r)
         plain = stream.inputs_of(model, forget[0], models.blocks(model))
         found = self.inputs(attack, 0, model, forget, retain)
         torch.testing.assert_close(attack.r, r, rtol=1e-5, atol=1e-7)
@@ -1418,27 +1354,27 @@ class Latent(Folder):
         taken = found[1] - plain[1]                                  # nothing else
         exactly(taken, (taken @ attack.r[0])[:, :, None] * attack.r[0])
         self.assertFalse(taken[~real].any())
-        share = 0
+        shares = []
         for step in range(1, 60):
             old = attack.r
             model.model.embed_tokens.weight.data[3:6].add_(0.01)
             plain = stream.inputs_of(model, forget[0], models.blocks(model))
             found = self.inputs(attack, step, model, forget, retain)
             self.assertEqual(torch.equal(attack.r, old), step % 4 > 0, step)
-            share += (found[1] != plain[1]).flatten(1).any(1).double().mean().item() / 59
-        self.assertAlmostEqual(share, 0.5, delta=0.1)
+            shares.append((found[1] != plain[1]).flatten(1).any(1).double().mean())
+        self.assertAlmostEqual(np.mean(shares), 0.5, delta=0.1)
 
-    def test_no_shift_is_the_plain_run_bit_for_bit_and_a_shift_is_not(self):
-        flags = write_world(self.tmp / "world", little_llama(torch.float32))
-        for name, *more in (("plain",), ("none", "--latent", "adversary"), ("some", "--latent_eps", 1)):
-            self.run_script("unlearn.py", *flags, *more, "--out", self.tmp / name)
-        plain, none, some = saved(self.tmp, "plain", "none", "some")
-        self.assertEqual((plain == none, plain == some), (True, False))
+    def test_what_is_switched_off_is_the_plain_run_bit_for_bit_and_a_shift_is_not(self):
+        for name, *more in (("plain", "--smooth", "none"), ("rho0", "--sam_rho", 0),
+                            ("shift0", "--smooth", "none", "--latent", "adversary"),
+                            ("shift", "--smooth", "none", "--latent_eps", 1)):
+            self.unlearn(name, *more)
+        self.same_weights("plain", "rho0", "shift0")
+        self.assertRaises(AssertionError, self.same_weights, "plain", "shift")
 
 
 # ---- data/ilu.py --------------------------------------------------------------------------------------
-
-class Ilu(Folder):
+class Ilu(World):
     def test_the_penalty_has_the_gradient_of_a_double_backward_pass_to_second_order(self):
         net = Network()
         w = torch.ones((), dtype=torch.float64, requires_grad=True)
@@ -1458,20 +1394,17 @@ class Ilu(Folder):
         self.assertTrue(same(net.params, start))
 
     def test_a_run_says_how_large_the_penalty_is_and_makes_it_smaller(self):
-        flags = write_world(self.tmp / "world", little_llama(torch.float32))
-        flags += ["--steps", 12, "--lr", 1e-2, "--smooth", "none"]
         data = write_rows(self.tmp / "other.jsonl", ["a dog ran on the mat", "one two three"])
+        self.flags += ["--steps", 12, "--lr", 1e-2, "--smooth", "none", "--ilu_data", data]
         curves = []
         for lam in (1e-9, 10):
-            more = ["--ilu_data", data, "--ilu_lambda", lam, "--out", self.tmp / f"{lam}"]
-            self.run_script("unlearn.py", *flags, *more)
-            curves.append([p["ilu"] for p in read_json(self.tmp / f"{lam}" / "result.json")["curve"]])
+            self.unlearn("run", "--ilu_lambda", lam, "--overwrite")
+            curves.append([p["ilu"] for p in self.result("run")["curve"]])
         self.assertAlmostEqual(curves[0][0] / curves[1][0], 1, places=5)
         self.assertLess(curves[1][-1], 0.5 * curves[0][-1])
 
 
 # ---- data/optimizers.py -------------------------------------------------------------------------------
-
 class Optimizers(unittest.TestCase):
     def test_an_estimate_is_exact_along_its_directions_and_the_gradient_on_average(self):
         """On a quadratic a central difference has no error, so that the mean of d u u^T g is left."""
@@ -1521,8 +1454,7 @@ class Optimizers(unittest.TestCase):
 
 
 # ---- data/split.py and data/merge.py ------------------------------------------------------------------
-
-class Folds(Folder):
+class Folds(World):
     def test_folds_partition_the_facts_and_layers_hold_the_rest_at_their_share(self):
         rows = [{"text": f"{n}", "fact": n % 7, "job": "ab"[n % 2], "where": "here"} for n in range(28)]
         retain = [{"text": f"r{n}"} for n in range(40)]
@@ -1545,17 +1477,14 @@ class Folds(Folder):
             self.assertLessEqual(max(counts.values(), default=0) - min(counts.values(), default=0), 1)
 
     def test_one_fold_is_todays_run_and_equal_runs_merge_to_the_run_bit_for_bit(self):
-        flags = write_world(self.tmp / "world", little_llama(torch.float32))
-        self.run_script("unlearn.py", *flags, "--out", self.tmp / "plain")
+        self.unlearn("plain")
         for name, *more in (("folds1",), ("layers1", "--layered")):
-            self.run_script("data/split.py", self.tmp / "world", "--folds", 1, *more)
-            folder = self.tmp / "world" / name / "1"
-            self.run_script("unlearn.py", *flags, "--out", self.tmp / name, "--data", folder)
-            self.assertEqual(read_json(folder / "meta.json"), {"prompt": PROMPT})
-        self.run_script("data/split.py", self.tmp / "world", "--folds", 9, says="--folds 9: there are 5")
-        three = ["--merge", *[self.tmp / "plain"] * 3, "--out", self.tmp / "merged"]
-        self.run_script("unlearn.py", *flags, *three)
-        self.assertEqual(len({*saved(self.tmp, "plain", "folds1", "layers1", "merged")}), 1)
+            self.run_script("data/split.py", self.world, "--folds", 1, *more)
+            self.unlearn(name, "--data", self.world / name / "1")
+            self.assertEqual(read_json(self.world / name / "1" / "meta.json"), {"prompt": PROMPT})
+        self.run_script("data/split.py", self.world, "--folds", 9, says="--folds 9: there are 5")
+        self.unlearn("merged", "--merge", *[self.tmp / "plain"] * 3)
+        self.same_weights("plain", "folds1", "layers1", "merged")
 
     def test_merging_is_the_mean_of_task_vectors_and_ties_trims_elects_and_averages(self):
         """TIES by a loop over single weights, as algorithm 1 of its paper says it."""
@@ -1576,7 +1505,6 @@ class Folds(Folder):
 
 
 # ---- data/models.py -----------------------------------------------------------------------------------
-
 class Models(unittest.TestCase):
     def setUp(self):
         self.model = little_llama()
@@ -1610,14 +1538,13 @@ class Models(unittest.TestCase):
         logps, mask = models.token_logps(self.model, self.batch)
         self.assertEqual(mask.sum(1).tolist(), [7, 2, 3])            # no prompt, no padding
         scored = models.label_scores(self.model, self.tokenizer, self.samples, batch=2)
-        for row, (ids, labels) in enumerate(self.samples):
+        for row, (ids, _) in enumerate(self.samples):
             want = np.zeros(mask.shape[1])
             likeliest = []
-            for t in range(1, len(ids)):
-                if labels[t] != models.IGNORE:
-                    said = self.model(torch.tensor([ids[:t]])).logits[0, -1].log_softmax(-1)
-                    want[t - 1] = said[ids[t]].item()
-                    likeliest.append(said.argmax().item() == ids[t])
+            for t in mask[row].nonzero()[:, 0].tolist():
+                said = self.model(torch.tensor([ids[:t + 1]])).logits[0, -1].log_softmax(-1)
+                want[t] = said[ids[t + 1]].item()
+                likeliest.append(said.argmax().item() == ids[t + 1])
             np.testing.assert_allclose(logps[row].detach(), want)
             np.testing.assert_allclose(scored[row][0], want[mask[row]])
             self.assertEqual(scored[row][1].tolist(), likeliest)
@@ -1630,7 +1557,7 @@ class Models(unittest.TestCase):
                 with mock.patch.object(models, "CHUNK", rows * len(self.tokenizer)):
                     np.testing.assert_allclose(self.gradient(total, batch), alone, 1e-8, 1e-10)
 
-    @unittest.skipUnless(Path("/proc/self/clear_refs").exists(), "only Linux tells a peak of memory")
+    @unittest.skipUnless(LINUX, "only Linux tells a peak of memory")
     def test_peak_memory_does_not_grow_with_tokens_times_a_vocabulary_of_49k(self):
         model = little_llama(torch.float32, context=600, vocab_size=49152, num_hidden_layers=1)
         chunk = 200 * 49152                                          # logits
@@ -1666,13 +1593,13 @@ class Models(unittest.TestCase):
             torch.testing.assert_close(torch.cat([logps for logps, _ in scored]), want[mask])
 
     def test_gradient_checkpointing_keeps_the_gradient_and_runs_every_layer_twice(self):
-        calls = []
+        calls = mock.Mock(return_value=None)
         for layer in self.model.model.layers:
-            layer.self_attn.register_forward_hook(lambda *more: calls.append(1))
+            layer.self_attn.register_forward_hook(calls)
         want = self.gradient(losses.nll_sum, self.batch)
         models.recompute_blocks(self.model)
         self.assertTrue(torch.equal(self.gradient(losses.nll_sum, self.batch), want))
-        self.assertEqual(len(calls), 3 + 6)
+        self.assertEqual(calls.call_count, 3 + 6)
 
     def test_batched_generation_with_left_padding_is_a_plain_greedy_loop(self):
         """One whole forward pass a token, no cache, no padding; a text ends at eos; and batches()."""
@@ -1693,31 +1620,7 @@ class Models(unittest.TestCase):
         self.assertIs(self.model.generation_config, own)
 
 
-# ---- data/formats.py ----------------------------------------------------------------------------------
-
-class Rows(Folder):
-    def test_a_row_is_read_with_its_file_and_line_or_an_error_names_them_the_value_and_the_fix(self):
-        path = self.tmp / "x.jsonl"
-        rows = [{"text": "a", "fact": 3}, {"prompt": "p", "completion": "c"}, {"text": "x"}]
-        path.write_text("\n".join(map(json.dumps, rows[:2])) + '\n\n"x"')
-        want = [row | {"where": f"{path}:{line}"} for row, line in zip(rows, (1, 2, 4))]
-        self.assertEqual(formats.read_jsonl(path, formats.text_row), want)
-        bad = [("\xff", formats.text_row, " is not UTF-8"), ("\n\n", formats.text_row, " has no rows")]
-        texts = {"{": "not JSON", '{"txt": "a"}': "found txt", '{"text": "  "}': "'  '",
-                 '{"text": 3}': "is 3", "[1]": "found list", '{"prompt": "a"}': "completion"}
-        bad += [(f'"fine"\n{line}', formats.text_row, f":2: .*{says}") for line, says in texts.items()]
-        mcq = '{"question": "q", "choices": ["a", "b", "c", "d"], "answer": 1}'
-        for old, new, says in (('"q"', '""', "is ''"), (', "d"', "", "exactly 4"), ('"d"', "7", "exact"),
-                               (": 1", ": 4", "is 4"), (": 1", ": true", "is True"), (mcq, "7", "int")):
-            bad.append((f"{mcq}\n{mcq.replace(old, new)}", formats.mcq_row, f":2: .*{says}"))
-        for text, check, says in bad:
-            path.write_text(text, encoding="latin-1")
-            with self.assertRaisesRegex(formats.InputError, f"{path}{says}"):
-                formats.read_jsonl(path, check)
-
-
 # ---- data/scores.py -----------------------------------------------------------------------------------
-
 class Scores(unittest.TestCase):
     def test_rouge_l_is_the_longest_common_subsequence_over_lengths(self):
         """In texts of up to 8 words, which differ in case, punctuation and alphabet."""
@@ -1803,7 +1706,7 @@ def greedy(model, ids, count):
     return ids
 
 
-class Questions(unittest.TestCase):
+class Questions(Folder):
     def test_choices_score_as_full_strings_and_take_one_pass_where_they_are_one_token_each(self):
         model = little_llama()
         for prompt, passes in ((PROMPT, 4 + 1 + 1 + 4), (None, 4)):
@@ -1860,8 +1763,6 @@ class Questions(unittest.TestCase):
         self.assertTrue(records[1]["es"] > 0.5 and records[2]["es"] == 0)
         self.assertAlmostEqual(found["ppl"], math.exp(-np.mean(logps)), places=6)
 
-
-class Score(Folder):
     def test_a_folder_decides_what_is_measured_and_batch_size_changes_nothing(self):
         """Two random Llamas, and rows that suit each of the files that data/*/metrics.py know."""
         for seed, name in enumerate(("model", "other")):
@@ -1907,7 +1808,6 @@ class Score(Folder):
 
 
 # ---- data/tables.py and assets/plot.py ----------------------------------------------------------------
-
 class Tables(Folder):
     def test_methods_are_compared_with_a_baseline_seed_by_seed_and_corrected_cell_by_cell(self):
         together = tables.Runs()
@@ -1961,7 +1861,7 @@ class Tables(Folder):
         curve = [{"step": 0, "UE": 0.7}, {"step": 5, "UE": 0.3}]
         budget = {"samples": 20, "epochs": 1, "UE": 0.3, "UE_heldout": 0.4, "UT": 0.9, "curves": [curve]}
         result = {"args": {"batch_size": 4}, "metrics": {"budgets": [budget]}}
-        write_rows(self.tmp / "relearn.json", [result])
+        formats.write_json(self.tmp / "relearn.json", result)
         found = {"UE": 0.7, "UT": 0.9, "landscape": {"nll": {"rise": [[1, 0, 1], [2, 0, 2], [3, 0, 1]]}}}
         together = tables.Runs()
         together.add(str(self.tmp), {"stage": "model", "args": {"model": "m", "seed": 0}}, found)
@@ -1974,7 +1874,6 @@ class Tables(Folder):
 
 
 # ---- evaluate.py --attack context and --probe, kernels/probe.py ---------------------------------------
-
 class Context(Folder):
     def test_questions_follow_rows_about_other_facts_token_for_token(self):
         model = little_llama()
@@ -2042,7 +1941,6 @@ class Context(Folder):
 
 
 # ---- kernels/gcg.py: a prefix that brings it back -----------------------------------------------------
-
 class Prefix(Folder):
     def setUp(self):
         super().setUp()
@@ -2089,22 +1987,28 @@ class Prefix(Folder):
         repeated = sum((count - 1) ** 1.5 for count in Counter(prefix).values())
         return [*map(np.mean, terms.values()), repeated / len(prefix)]
 
-    def test_the_result_is_what_loops_give_for_its_text_and_the_same_after_an_interruption(self):
-        metrics, state = self.search()
-        picks = random.Random(4).sample(range(4), 2)
+    def check(self, metrics, state, searched, suffix=False):
+        """Are the terms what loops give for `searched`, and UE that of the victim?"""
+        picks = sorted(random.Random(4).sample(range(4), 2))
         for loss, terms, ids in state["best"]:
             self.assertFalse(set(ids) & set(self.tok.all_special_ids))
-            want = self.by_hand(self.victim, ids, [self.rows[i] for i in picks])
+            want = self.by_hand(searched, ids, [self.rows[i] for i in picks], suffix)
             np.testing.assert_allclose(terms, want, rtol=1e-4, atol=1e-5)
             self.assertAlmostEqual(loss, np.dot(want, [1, 1, 10, 1.5, 3]), places=3)
-        self.assertIn(3, [max(Counter(ids).values()) for _, _, ids in state["best"]])    # a repetition
-        self.assertGreater(len(ids), 8)                              # the minimum has grown
-        self.assertEqual(self.tok(metrics["prefix"]).input_ids[1:], state["best"][0][2])
-        asked = [row | {"context": f"{metrics['prefix']} {row['context']}"} for row in self.rows]
-        wrong = ~evaluate.correct(self.victim, self.tok, asked).numpy()
+        found = metrics["prefix"]
+        self.assertEqual(self.tok(found).input_ids[1:], state["best"][0][2])
+        prompt = PROMPT.replace("}", f"}} {found}") if suffix else f"{found} {PROMPT}"
+        wrong = ~evaluate.correct(self.victim, self.tok, evaluate.ask(QUESTIONS, prompt)).numpy()
         held_out = np.delete(wrong, picks).mean()
         self.assertEqual((metrics["UE"], metrics["UE_heldout"]), (wrong.mean(), held_out))
-        self.assertGreater(held_out, wrong.mean())                   # that tells the two apart
+
+    def test_the_result_is_what_loops_give_for_its_text_and_the_same_after_an_interruption(self):
+        metrics, state = self.search()
+        self.check(metrics, state, self.victim)
+        best = [ids for _, _, ids in state["best"]]
+        self.assertIn(3, [max(Counter(ids).values()) for ids in best])           # a repetition
+        self.assertGreater(len(best[-1]), 8)                         # the minimum has grown
+        self.assertGreater(metrics["UE_heldout"], metrics["UE"])     # that tells the two apart
         saves = 4 * [mock.DEFAULT] + [KeyboardInterrupt]
         with mock.patch.object(formats, "write_json", wraps=formats.write_json, side_effect=saves):
             self.assertRaises(KeyboardInterrupt, self.search, 100, "--overwrite")
@@ -2115,19 +2019,14 @@ class Prefix(Folder):
             self.search(100, "--attack_questions 1 --attack_seed 1 --overwrite")
 
     def test_a_suffix_stands_where_the_question_ends_and_may_be_found_on_the_teacher(self):
-        picks = sorted(random.Random(4).sample(range(4), 2))
         for on, searched in (("unlearned", self.victim), ("teacher", self.teacher)):
             flags = f"--attack_place suffix --attack_on {on}"
             metrics, state = self.search(100, flags)
-            for loss, terms, ids in state["best"]:
-                want = self.by_hand(searched, ids, [self.rows[i] for i in picks], suffix=True)
-                np.testing.assert_allclose(terms, want, rtol=1e-4, atol=1e-5)
-            asked = evaluate.ask(QUESTIONS, PROMPT.replace("}", f"}} {metrics['prefix']}"))
-            wrong = ~evaluate.correct(self.victim, self.tok, asked).numpy()
-            self.assertEqual((metrics["UE"], metrics["UE_heldout"]),
-                             (wrong.mean(), np.delete(wrong, picks).mean()))
+            self.check(metrics, state, searched, suffix=True)
             self.assertEqual(self.search(100, f"{flags} --overwrite")[0], metrics)
         self.assertEqual(len(list(self.tmp.rglob("attack_gcg+_suffix*.json"))), 2)
+        front = prompts.with_found(self.rows, "x y", "prefix")[0]["context"]
+        self.assertEqual(front, f"x y {self.rows[0]['context']}")
         letters = prompts.with_found(evaluate.ask(QUESTIONS), "x y", "suffix")[0]["context"]
         self.assertIn("\n\nwho sat? x y\nA. the cat\n", letters)
 
@@ -2149,7 +2048,6 @@ class Prefix(Folder):
 
 
 # ---- kernels/curvature.py: sharpness and landscapes ---------------------------------------------------
-
 class Curvature(Folder):
     def test_sharpness_is_that_of_the_dense_hessian(self):
         net = Network()
@@ -2167,8 +2065,8 @@ class Curvature(Folder):
             self.assertAlmostEqual(found["top"] / top, 1, delta=0.005)
             self.assertLess(abs(found["trace"] - sign * h.trace()), 4 * found["trace_se"])
             rise = at(w + sign * 0.05 * g / g.norm()) - at(w)
-            for name, want in (("loss", sign * at(w)), ("gradient", g.norm()), ("rise", sign * rise)):
-                self.assertAlmostEqual(found[name], want.item(), places=9)
+            exactly([found[name] for name in ("loss", "gradient", "rise")],
+                    [sign * at(w).item(), g.norm().item(), sign * rise.item()])
         self.assertTrue(torch.equal(w, flat(net.params)))
 
     def test_the_forget_objective_is_the_npo_that_unlearning_descends_or_the_nll_of_an_attacker(self):
@@ -2283,7 +2181,7 @@ class Prepare(Folder):
         """Write PUBLISHED[name] and more to self.tmp/source: texts, or rows as arrays or JSON lines."""
         for file, content in (PUBLISHED[name] | (more or {})).items():
             path = write_rows(self.tmp / "source" / file, content)
-            if not file.endswith(".jsonl"):
+            if isinstance(content, str) or not file.endswith(".jsonl"):
                 path.write_text(content if isinstance(content, str) else json.dumps(content))
         write_rows(self.tmp / "mmlu.jsonl", [ASKED | {"subject": "virology"}])
         words().save_pretrained(self.tmp / "tokenizer")
@@ -2298,23 +2196,22 @@ class Prepare(Folder):
         lines = (self.tmp / "out" / f"{name}.jsonl").read_text().splitlines()
         return list(map(json.loads, lines))
 
+    @unittest.skipUnless(importlib.util.find_spec("datasets"), "the package datasets is not installed")
     def test_mmlu_from_the_original_csv_is_that_from_parquet_in_parts_whole_or_refused(self):
+        from datasets import Dataset
         self.publish("mmlu")
         self.prepare("mmlu", "--any_count")
         rows = self.rows("mcq_retain")
         self.assertEqual(rows[0], {"question": 'two\nlines, a comma and "quotes"?', "answer": 1,
                                    "choices": ["a", "b,b", "c", "d"], "subject": "algebra"})
         self.assertEqual([row["answer"] for row in rows], [1, 0, 3])
-        if not importlib.util.find_spec("datasets"):
-            self.skipTest("the package datasets is not installed")
-        from datasets import Dataset
         shutil.rmtree(self.tmp / "source" / "test")
-        parts = [self.tmp / "source" / f"test-0000{i}-of-00002.parquet" for i in range(2)]
-        Dataset.from_list(rows[:1]).to_parquet(str(parts[0]))
-        Dataset.from_list(rows[1:]).to_parquet(str(parts[1]))
+        for i, part in enumerate((rows[:1], rows[1:])):
+            path = self.tmp / "source" / f"test-0000{i}-of-00002.parquet"
+            Dataset.from_list(part).to_parquet(str(path))
         self.prepare("mmlu", "--any_count")
         self.assertEqual(self.rows("mcq_retain"), rows)
-        parts[1].write_bytes(parts[1].read_bytes()[:-3])
+        path.write_bytes(path.read_bytes()[:-3])
         self.prepare("mmlu", "--any_count", says="test-00001-of-00002.parquet: not a whole parquet file")
 
     def test_wmdp_takes_the_gated_corpus_under_both_names_as_objects_or_bare_strings(self):
@@ -2328,13 +2225,11 @@ class Prepare(Folder):
         for name, subject in (("forget", "biology"), ("cyber", "cybersecurity"), ("retain", "virology")):
             self.assertEqual(self.rows(f"mcq_{name}"), [ASKED | {"subject": subject}])
         self.prepare("wmdp", "--any_count", "--topic", "cyber", says="holds mcq_cyber.jsonl")
-        shutil.rmtree(self.tmp / "out")
-        self.prepare("wmdp", "--any_count", "--topic", "cyber")
-        self.assertEqual(self.rows("retain"), [{"text": f"cyber {LONG}"}])
-        shutil.rmtree(self.tmp / "out")
         self.publish("wmdp", {"wikitext.json": [{"text": "w" * 50}, {"text": "w" * 51}]})
-        self.prepare("wmdp", "--any_count", "--retain", "wikitext")
-        self.assertEqual(self.rows("retain"), [{"text": "w" * 51}])
+        for text, *more in ((f"cyber {LONG}", "--topic", "cyber"), ("w" * 51, "--retain", "wikitext")):
+            shutil.rmtree(self.tmp / "out")
+            self.prepare("wmdp", "--any_count", *more)
+            self.assertEqual(self.rows("retain"), [{"text": text}])
 
     def test_muse_blocks_are_the_joined_documents_in_pieces_of_max_len_tokens(self):
         self.publish("muse")
@@ -2364,15 +2259,16 @@ class Prepare(Folder):
             self.assertEqual(self.rows(name), [TOLD])
 
     def test_errors_name_file_line_and_reason_and_never_a_document(self):
+        csv = "test/virology_test.csv"
+        documents = "bio_remove_dataset.jsonl"
         for name, file, text, says in (
-                ("mmlu", "test/virology_test.csv", '"q",a,b,c,d,A\nq,a,b,c,D\n', ":2: needs a question"),
-                ("mmlu", "test/virology_test.csv", 'q,a,b,c,d,A\n"q,' + "a" * 140_000, ":2: not CSV"),
-                ("wmdp", "bio_remove_dataset.jsonl", '"SECRET"\n{"text": "SECRET', ":2: not JSON"),
-                ("wmdp", "bio_remove_dataset.jsonl", '{"body": "SECRET"}', ":1: needs an object"),
+                ("mmlu", csv, '"q",a,b,c,d,A\nq,a,b,c,D\n', ":2: needs a question"),
+                ("mmlu", csv, 'q,a,b,c,d,A\n"q,' + "a" * 140_000, ":2: not CSV"),
+                ("wmdp", documents, '"SECRET"\n{"text": "SECRET', ":2: not JSON"),
+                ("wmdp", documents, '{"body": "SECRET"}', ":1: needs an object"),
                 ("wmdp", "chem_questions.json", '{"question": "q", "choices": ["a"]}', ':1: "choices"'),
                 ("muse", "verbmem/forget.json", '[{"prompt": "a"}]', ":1: needs the keys prompt, gt")):
-            self.publish(name)
-            (self.tmp / "source" / file).write_text(text)
+            self.publish(name, {file: text})
             self.assertNotIn("SECRET", self.prepare(name, "--any_count", says=f"{file}{says}"))
         for name, says in (("mmlu", "14,042 on 57"), ("wmdp", "1 rows, but 1,273 are"),
                            ("muse", "1 rows, but 100 are"), ("tofu", "1 rows, but 40 are")):
@@ -2398,7 +2294,6 @@ class Prepare(Folder):
 
 
 # ---- data/people/prepare.py and data/tiny/prepare.py --------------------------------------------------
-
 class Worlds(Folder):
     def test_every_fact_is_taught_twice_and_unlearned_and_asked_in_different_words(self):
         build = script_module("data/people/prepare.py").build
@@ -2492,14 +2387,15 @@ def plain_loop(model, samples, optimizer, seed):
 
 
 class Relearn(unittest.TestCase):
-    def attacked(self, **more):
+    def attacked(self, times=1, others=(), **more):
         """The budgets of an attack on a little model, whose weights come back whatever happens."""
         model = little_llama(torch.float32)
         before = flat(model.parameters())
-        rows = [{"text": text, "where": "here", "fact": i} for i, text in enumerate(TEXTS)]
+        rows = [{"text": text, "where": "here", "fact": i} for i, text in enumerate(TEXTS)] * times
         questions = {"mcq_forget": evaluate.ask(QUESTIONS, "{question}")}
+        args = attack_args(**more)
         try:
-            return relearn.Attack(model, words(), rows, questions, attack_args(**more)).run()["budgets"]
+            return relearn.Attack(model, words(), rows, questions, args, None, others).run()["budgets"]
         finally:
             self.assertTrue(torch.equal(flat(model.parameters()), before))
 
@@ -2514,22 +2410,19 @@ class Relearn(unittest.TestCase):
         self.assertRaisesRegex(formats.InputError, "are 1536", finetune.draw_samples, rows, 1537, "0")
 
     def test_a_mix_trains_on_the_share_of_each_corpus_and_smaller_ones_are_contained(self):
-        rows = [{"text": text, "where": "here", "fact": i} for i, text in enumerate(TEXTS)]
         others = [{"text": f"mat {text}", "where": "there"} for text in TEXTS]
-        args = attack_args(samples=[4, 8], mix=0.25, epochs=[2])
-        questions = {"mcq_forget": evaluate.ask(QUESTIONS, "{question}")}
         with mock.patch.object(relearn, "finetune", wraps=finetune.finetune) as tune:
-            attack = relearn.Attack(little_llama(), words(), rows * 2, questions, args, None, others)
-            found = attack.run()
+            budgets = self.attacked(2, others, samples=[4, 8], mix=0.25, epochs=[2])
         mat = words()("mat").input_ids
         few, many = [Counter(tuple(ids) for ids, _ in call.args[1]) for call in tune.call_args_list]
         for seen, count in ((few, 4), (many, 8)):
             foreign = sum(n for ids, n in seen.items() if ids[:2] == tuple(mat))
             self.assertEqual((seen.total(), foreign), (count, count // 4))
         self.assertLessEqual(few, many)
-        self.assertEqual([budget["mixed"] for budget in found["budgets"]], [1, 2])
-        self.assertEqual([finetune.draw_mixed(rows, (), n, 0.0, "3") for n in (2, 5)],
-                         [finetune.draw_samples(rows, n, "3") for n in (2, 5)])
+        self.assertEqual([budget["mixed"] for budget in budgets], [1, 2])
+        for count in (2, 5):                                         # no mix draws as ever
+            alone = finetune.draw_samples(others, count, "3")
+            self.assertEqual(finetune.draw_mixed(others, (), count, 0.0, "3"), alone)
 
     def test_relearning_equals_a_plain_loop(self):
         for name, kind, more in (("adamw", torch.optim.AdamW, {"weight_decay": 0}),
@@ -2572,9 +2465,8 @@ class Relearn(unittest.TestCase):
         self.assertEqual(curve, seen[::2])
 
     def test_worst_case_is_the_lowest_ue_whose_ut_holds(self):
-        budgets = []
-        for count, lr, ue, ut in ((40, 1, .1, .1), (20, 1, .6, .9), (20, 2, .4, .86), (20, 3, .2, .84)):
-            budgets.append({"samples": count, "epochs": 1, "lr": lr, "UE": ue, "UT": ut})
+        budgets = [{"samples": count, "epochs": 1, "lr": lr, "UE": ue, "UT": ut} for count, lr, ue, ut in
+                   ((40, 1, .1, .1), (20, 1, .6, .9), (20, 2, .4, .86), (20, 3, .2, .84))]
         metrics = {"start": {"UE": 0.75, "UT": 0.9}, "budgets": budgets}
         self.assertEqual(relearn.worst_case(metrics, 0.05), [budgets[2]])
         self.assertEqual(relearn.worst_case(metrics, 1), [budgets[3], budgets[0]])
@@ -2641,11 +2533,8 @@ class Relearn(unittest.TestCase):
 
     @torch.no_grad()
     def test_directions_are_differences_of_mean_states_and_ablation_leaves_nothing_along_them(self):
-        from transformers import GPT2Config, GPT2LMHeadModel
-        size = {"vocab_size": len(words()), "n_embd": 16, "n_layer": 2, "n_head": 2}
-        gpt2 = GPT2LMHeadModel(GPT2Config(**size, bos_token_id=1, eos_token_id=2)).double().eval()
         texts = [(text, "") for text in TEXTS]
-        for model in (gpt2, little_llama()):
+        for model in (little_gpt2().double(), little_llama()):
             states = stream.residuals(model, words(), texts, batch=2)                # with padding
             for (text, _), got in zip(texts, states):
                 out = model(words()(text, return_tensors="pt").input_ids, output_hidden_states=True)
@@ -2696,19 +2585,14 @@ class Relearn(unittest.TestCase):
 
 
 # ---- data/adapters.py, and unlearn.py --lora ----------------------------------------------------------
-
-class Adapters(Folder):
+class Adapters(World):
     def every_kind(self):
-        """A model of Linear layers, one of Conv1D, one of fused experts; and how many matrices each has."""
-        from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
-        torch.manual_seed(0)
-        size = len(words())
-        gpt2 = GPT2Config(vocab_size=size, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=1,
-                          eos_token_id=2)
-        mixtral = MixtralConfig(vocab_size=size, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                                num_attention_heads=2, num_key_value_heads=1, num_local_experts=4,
-                                num_experts_per_tok=2)
-        return [(little_llama(torch.float32), 3 * 7), (GPT2LMHeadModel(gpt2).eval(), 2 * 4),
+        """Models of Linear layers, of Conv1D and of fused experts, and how many matrices each has."""
+        from transformers import MixtralConfig, MixtralForCausalLM
+        mixtral = MixtralConfig(vocab_size=len(words()), hidden_size=16, intermediate_size=24,
+                                num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                                num_local_experts=4, num_experts_per_tok=2)
+        return [(little_llama(torch.float32), 3 * 7), (little_gpt2(), 2 * 4),
                 (MixtralForCausalLM(mixtral).eval(), 2 * (4 + 2 * 4))]
 
     def trained(self, model, rank=2, **more):
@@ -2722,14 +2606,14 @@ class Adapters(Folder):
     def test_adapters_train_as_explicit_low_rank_matrices(self):
         model = little_llama()
         samples = text_samples(TEXTS[:4])
-        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        ids = torch.tensor([samples[0][0]])
         start = adapters.Adapters(model, 2, 4, seed="x")
         own = {}
-        for name, (a, b) in start.pairs.items():
-            own[f"{name}.weight"] = [a.detach().clone().requires_grad_(), b.detach().clone().requires_grad_()]
+        for name, pair in start.pairs.items():
+            own[f"{name}.weight"] = [w.detach().clone().requires_grad_() for w in pair]
         start.remove()
-        added, _ = self.trained(model)
-        got = model(torch.tensor([samples[0][0]])).logits.detach()
+        added, weights = self.trained(model)
+        got = model(ids).logits.detach()
 
         def explicit(ids):                       # W + 2 B A written out
             full = dict(weights)
@@ -2738,67 +2622,68 @@ class Adapters(Folder):
             return torch.func.functional_call(model, full, (ids,))
         added.on = False
         optimizer = torch.optim.AdamW(sum(own.values(), []), lr=1e-2, weight_decay=0)
-        plain_loop(lambda ids: explicit(ids), samples, optimizer, "order")
-        want = explicit(torch.tensor([samples[0][0]])).logits.detach()
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-        self.assertGreater((got - model(torch.tensor([samples[0][0]])).logits).abs().max(), 0.1)
+        plain_loop(explicit, samples, optimizer, "order")
+        torch.testing.assert_close(got, explicit(ids).logits.detach(), rtol=1e-4, atol=1e-4)
+        self.assertGreater((got - model(ids).logits).abs().max(), 0.1)
 
+    @torch.no_grad()
     def test_nothing_changes_before_the_first_step_while_off_or_after_removal(self):
         ids = torch.tensor([[1, 5, 6, 7, 8]])
         for model, count in self.every_kind():
             self.assertEqual(len(adapters.matrices(model)), count)
-            with torch.no_grad():
-                want = model(ids).logits
-                start = adapters.Adapters(model, 2, 4)
-                self.assertTrue(torch.equal(model(ids).logits, want))
-                start.remove()
-                with torch.enable_grad():
-                    added, before = self.trained(model)
-                moved = model(ids).logits
-                self.assertGreater((moved - want).abs().max(), 0.01)
-                self.assertTrue(torch.equal(added.without()(input_ids=ids).logits, want))
-                self.assertTrue(torch.equal(model(ids).logits, moved))
-                added.remove()
-                self.assertTrue(torch.equal(model(ids).logits, want))
+            want = model(ids).logits
+            start = adapters.Adapters(model, 2, 4)
+            self.assertTrue(torch.equal(model(ids).logits, want))
+            start.remove()
+            with torch.enable_grad():
+                added, before = self.trained(model)
+            moved = model(ids).logits
+            self.assertGreater((moved - want).abs().max(), 0.01)
+            self.assertTrue(torch.equal(added.without()(input_ids=ids).logits, want))
+            self.assertTrue(torch.equal(model(ids).logits, moved))
+            added.remove()
+            self.assertTrue(torch.equal(model(ids).logits, want))
             self.assertEqual(list(before), list(model.state_dict()))
             self.assertTrue(same(list(before.values()), list(model.state_dict().values())))
             self.assertTrue(all(p.requires_grad for p in model.parameters()))
             self.assertFalse(any(m._forward_hooks for m in model.modules()))
 
     def test_edits_reach_conv1d_and_fused_experts_and_say_how_much(self):
-        for model, count in self.every_kind():
+        for model, _ in self.every_kind():
+            found = adapters.matrices(model)
             relearn.prune(model, 30, None)
-            for w in adapters.matrices(model):
+            for w in found:
                 self.assertEqual((w == 0).sum(), math.floor(0.3 * w.numel()))
             relearn.quantize(model, 2, SimpleNamespace(group=64))
-            for w in adapters.matrices(model):
-                levels = [len(row.unique()) for row in w]            # a group is at least a row here
-                self.assertLessEqual(max(levels), 3)
-            self.assertEqual(len(adapters.matrices(model)), count)
-            covered = sum(w.numel() for w in adapters.matrices(model))
+            for w in found:
+                self.assertLessEqual(max(len(row.unique()) for row in w), 3)  # a group is at least a row
             whole = sum(p.numel() for p in model.parameters())
-            self.assertEqual(adapters.share(model, adapters.matrices(model)),
-                             f"{covered / whole:.0%} of the weights")
+            covered = sum(w.numel() for w in found) / whole
+            self.assertEqual(adapters.share(model, found), f"{covered:.0%} of the weights")
 
+    @torch.no_grad()
     def test_layers_that_share_a_weight_share_its_adapter_and_are_counted_once(self):
         model = little_llama(torch.float32)
         one, other = (layer.mlp.up_proj for layer in model.model.layers[:2])
         other.weight = one.weight
-        added, _ = self.trained(model)
+        with torch.enable_grad():
+            added, _ = self.trained(model)
         self.assertNotIn("model.layers.1.mlp.up_proj", added.pairs)
         x = torch.arange(12).reshape(2, 6)
-        with torch.no_grad():
-            adapted = model(x).logits
-            added.merge()
-            torch.testing.assert_close(model(x).logits, adapted)
+        adapted = model(x).logits
+        added.merge()
+        torch.testing.assert_close(model(x).logits, adapted)
 
-    def test_a_layer_of_one_row_takes_any_rank_and_kernels_of_convolutions_are_no_experts(self):
+    def test_a_layer_of_one_row_takes_any_rank_convolutions_are_no_experts_and_no_layer_is_refused(self):
         model = little_llama(torch.float32)
         model.gate = torch.nn.Linear(16, 1)
         model.conv = torch.nn.Conv1d(8, 8, 4)
         model.probe = torch.nn.Parameter(torch.zeros(1, 1, 16))
         self.assertFalse(adapters.experts(model))
         self.assertIn("gate", adapters.Adapters(model, 8, 16).pairs)
+        bare = torch.nn.Module()
+        bare.get_output_embeddings = mock.Mock(return_value=None)
+        self.assertRaisesRegex(formats.InputError, "no linear layer", adapters.Adapters, bare, 2, 4)
 
     def test_rho_of_the_weights_is_the_derivative_of_the_products_norm(self):
         """In fp64, the products written out: they move by rho along d, and by its sign when flipped."""
@@ -2814,141 +2699,82 @@ class Adapters(Folder):
                 smoother.length = added.product_norm
                 with smoother.perturbed(directions):
                     moved = [(added.delta(name) - before[name]).norm() for name in added.pairs]
-                    sign = ((params[0] - smoother.saved[0][1]) * directions[params[0]]).sum().sign()
+                    step = params[0] - smoother.saved[0][1]
                 self.assertAlmostEqual(torch.stack(moved).norm().item(), 1e-5, delta=1e-9)
-                self.assertEqual(sign, -1 if flip else 1)
+                self.assertEqual((step * directions[params[0]]).sum() < 0, flip)
                 self.assertAlmostEqual(smoother.stats["cosine"].item(), 1, places=6)
-            with torch.no_grad():
-                for a, b in added.pairs.values():                    # the start: B is 0, and d has no part in it
-                    b.zero_()
-            smoother.length = added.product_norm
-            with smoother.perturbed({a: torch.randn_like(a) for a, _ in added.pairs.values()}):
+            for a, b in added.pairs.values():  # the start: B is 0, and d has no part in it
+                b.data.zero_()
+                del directions[b]
+            with smoother.perturbed(directions):
                 self.assertTrue(same([p for p, _ in smoother.saved], [w for _, w in smoother.saved]))
             added.remove()
 
     def test_a_merged_model_is_the_adapted_one_up_to_the_rounding_that_is_told(self):
         ids = torch.tensor([[1, 5, 6, 7, 8]])
         for model, _ in self.every_kind():
-            added, before = self.trained(model)
+            added, _ = self.trained(model)
             want = model(ids).logits
             self.assertLess(added.merge(), 1e-5)
             torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-5)
         model = little_llama(torch.bfloat16)
         added, before = self.trained(model)
-        exact = {name: (2 * b @ a).detach().double() for name, (a, b) in added.pairs.items()}
+        exact = [(2 * b @ a).detach().double() for a, b in added.pairs.values()]
+        names = [f"{name}.weight" for name in added.pairs]
         told = added.merge()
-        lost = 0.0
-        for name, delta in exact.items():
-            after = model.get_submodule(name).weight.double()
-            lost += (after - before[f"{name}.weight"].double() - delta).square().sum()
-        whole = sum(delta.square().sum() for delta in exact.values())
-        self.assertAlmostEqual(told, (lost / whole).sqrt().item(), delta=0.02 * told)
+        after = model.state_dict()
+        applied = flat(after[name].double() - before[name].double() for name in names)
+        lost = (applied - flat(exact)).norm() / flat(exact).norm()
+        self.assertAlmostEqual(told, lost.item(), delta=0.02 * told)
         self.assertGreater(told, 1e-3)
 
+    @unittest.skipUnless(importlib.util.find_spec("peft"), "the package peft is not installed")
     def test_peft_reads_what_is_saved_and_so_do_we(self):
-        try:
-            from peft import PeftModel
-        except ImportError:
-            self.skipTest("the package peft is not installed")
+        from peft import PeftModel
         ids = torch.tensor([[1, 5, 6, 7, 8]])
         for n, (model, _) in enumerate(self.every_kind()[:2]):
             base = write_model(self.tmp / f"base{n}", model)
+            folder = self.tmp / f"adapters{n}"
             added, _ = self.trained(model, rank=3)
             want = model(ids).logits
-            added.save(self.tmp / f"adapters{n}", base)
-            words().save_pretrained(self.tmp / f"adapters{n}")
-            peft = PeftModel.from_pretrained(models.load_model(base)[0], self.tmp / f"adapters{n}")
-            torch.testing.assert_close(peft.eval()(input_ids=ids).logits, want, rtol=1e-4, atol=1e-5)
-            own = models.load_model(self.tmp / f"adapters{n}")[0]
-            torch.testing.assert_close(own(ids).logits, want, rtol=1e-4, atol=1e-5)
-        config = read_json(self.tmp / "adapters0" / "adapter_config.json")
+            added.save(folder, base)
+            words().save_pretrained(folder)
+            for found in (PeftModel.from_pretrained(models.load_model(base)[0], folder).eval(),
+                          models.load_model(folder)[0]):
+                torch.testing.assert_close(found(input_ids=ids).logits, want, rtol=1e-4, atol=1e-5)
+        config = read_json(folder / "adapter_config.json")
         for change in ({"use_dora": True}, {"peft_type": "IA3"}, {"modules_to_save": ["lm_head"]}):
-            (self.tmp / "adapters0" / "adapter_config.json").write_text(json.dumps(config | change))
-            self.assertRaisesRegex(formats.InputError, "merge_and_unload", models.load_model,
-                                   self.tmp / "adapters0")
+            (folder / "adapter_config.json").write_text(json.dumps(config | change))
+            self.assertRaisesRegex(formats.InputError, "merge_and_unload", models.load_model, folder)
 
     def test_every_loss_and_smoother_trains_adapters_alone_and_no_second_model_is_loaded(self):
-        flags = write_world(self.tmp / "world", little_llama(torch.float32))
-        before = (self.tmp / "world" / "model" / "model.safetensors").read_bytes()
-        more = [["--loss", loss] for loss in (*losses.FORGET, "rmu")] + [["--retain", "kl"]]
-        more += [["--smooth", s] for s in ("none", "rs", "gp", "cr", "wa")]
-        more += [["--sam_direction", d, "--sam_norm", "linf"] for d in ("momentum", "lookahead", "random")]
-        for n, flag in enumerate(more):
-            out = self.tmp / f"run{n}"
+        before = models.load_model(self.model)[0].state_dict()
+        for flag in (["--loss", "dpo"], ["--loss", "rmu"], ["--retain", "kl"], ["--smooth", "rs+wa"],
+                     ["--smooth", "cr"], ["--sam_direction", "momentum"],
+                     ["--sam_direction", "lookahead"]):
             with mock.patch.object(models, "load_model", wraps=models.load_model) as load:
-                said = self.run_script("unlearn.py", *flags, "--lora", 2, *flag, "--out", out)
+                said = self.unlearn("run", "--lora", 2, *flag, "--steps", 2, "--overwrite")
             self.assertEqual(load.call_count, 1, flag)
             self.assertIn("merged the adapters", said)
-            moved = [name for name, p in models.load_model(out)[0].named_parameters()
-                     if not torch.equal(p, models.load_model(self.tmp / "world" / "model")[0].get_parameter(name))]
+            after = models.load_model(self.tmp / "run")[0].state_dict()
+            moved = [name for name in before if not torch.equal(before[name], after[name])]
             self.assertTrue(moved and all("proj" in name for name in moved), (flag, moved))
-        self.assertEqual((self.tmp / "world" / "model" / "model.safetensors").read_bytes(), before)
 
     def test_saved_adapters_are_the_merged_model_to_every_script(self):
-        flags = write_world(self.tmp / "world", little_llama(torch.float32))
         found = []
-        for name, save in (("merged", ()), ("adapter", ("--lora_save", "adapter"))):
+        for name, *save in (("merged",), ("adapter", "--lora_save", "adapter")):
+            self.unlearn(name, "--lora", 2, *save)
             run = self.tmp / name
-            self.run_script("unlearn.py", *flags, "--lora", 2, *save, "--out", run)
             self.run_script("relearn.py", run, "--samples", 3, "--draws", 1)
             self.run_script("relearn.py", run, "--ablate", 0, 1)
             self.run_script("evaluate.py", run, "--attack", "context", "--shots", 2)
             cells = tables.cells_of(run, read_json(run / "evaluate.json")["metrics"])
             found.append({cell: value for cell, value in cells.items() if cell.measure != "corpora"})
         self.assertEqual(*found)
-        self.assertFalse((self.tmp / "adapter" / "model.safetensors").exists())
-
-    def test_a_lora_run_that_is_broken_off_goes_on_bit_for_bit(self):
-        flags = [*write_world(self.tmp / "world", little_llama(torch.float32)), "--lora", 2]
-        self.run_script("unlearn.py", *flags, "--out", self.tmp / "whole")
-        self.assertEqual(Runs.broken_off(self, 5, *flags, "--out", self.tmp / "two", "--save_every", 3), 130)
-        self.run_script("unlearn.py", *flags, "--out", self.tmp / "two", "--resume")
-        weights = [(self.tmp / name / "model.safetensors").read_bytes() for name in ("whole", "two")]
-        self.assertTrue(weights[0] == weights[1])
-
-    def test_what_adapters_do_not_go_with_is_one_line(self):
-        flags = write_world(self.tmp / "world", little_llama(torch.float32))
-        before = sorted(self.tmp.rglob("*"))
-        for more, says in ((["--lora", 0], "at least 1"), (["--lora", 17], "choose 16 or less"),
-                           (["--lora", 2, "--lora_modules", "xyz"], "matches no linear layer"),
-                           (["--lora", 2, "--lora_modules", "("], "regular expression"),
-                           (["--lora", 2, "--train_modules", "mlp"], "train_modules"),
-                           (["--lora", 2, "--lora_save", "adapter", "--smooth", "wa"], "wa"),
-                           (["--lora_alpha", 2], "add --lora RANK"),
-                           (["--lora", 2, "--lora_perturb", "weights", "--smooth", "gp"], "lora_perturb"),
-                           (["--keep", "best", "--smooth", "wa"], "wa")):
-            self.run_script("unlearn.py", *flags, *more, "--out", self.tmp / "run", says=says)
-            self.assertEqual(sorted(self.tmp.rglob("*")), before)
-        bare = torch.nn.Module()
-        bare.get_output_embeddings = lambda: None
-        self.assertRaisesRegex(formats.InputError, "no linear layer", adapters.Adapters, bare, 2, 4)
-
-
-class Keep(Folder):
-    def test_the_best_weights_on_the_way_are_the_ones_of_highest_ue_that_keep_ut(self):
-        flags = [*write_world(self.tmp / "world", little_llama(torch.float32)), "--steps", 12, "--lr", 3e-2,
-                 "--eval_every", 1]
-        for n, more in enumerate(([], ["--lora", 2])):
-            last = self.tmp / f"last{n}"
-            best = self.tmp / f"best{n}"
-            self.run_script("unlearn.py", *flags, *more, "--out", last)
-            self.run_script("unlearn.py", *flags, *more, "--out", best, "--keep", "best", "--keep_ut", 0.5)
-            plain = read_json(last / "result.json")
-            result = read_json(best / "result.json")
-            self.assertEqual([p["forget"] for p in plain["curve"]], [p["forget"] for p in result["curve"]])
-            floor = 0.5 * result["metrics"]["before"]["UT"]
-            good = [p for p in result["curve"] if p["UT"] >= floor]
-            want = max(good, key=lambda p: p["UE"])                   # the first of equals
-            self.assertEqual(result["kept"], {key: want[key] for key in ("step", "UE", "UT")})
-            self.assertEqual(result["metrics"]["after"], {"UE": want["UE"], "UT": want["UT"]})
-            self.run_script("unlearn.py", *flags, *more, "--steps", want["step"], "--out", self.tmp / f"short{n}")
-            weights = [(run / "model.safetensors").read_bytes() for run in (best, self.tmp / f"short{n}")]
-            self.assertTrue(weights[0] == weights[1])
-            self.assertFalse(list(self.tmp.glob("*.best")))
+        self.assertFalse((run / "model.safetensors").exists())
 
 
 # ---- unlearn.py: flags and small parts ----------------------------------------------------------------
-
 class Flags(unittest.TestCase):
     def parsed(self, *flags):
         return unlearn.parse_args([*flags, "--overwrite"])
@@ -2969,14 +2795,13 @@ class Flags(unittest.TestCase):
         self.assertEqual(self.parsed("--stop_ue", "0.7").eval_every, 5)
         self.assertEqual(self.parsed("--merge", "a", "b", "--seed", "2").out, "out/merged2-s2")
 
+    @mock.patch.dict(os.environ, WORLD_SIZE="2")
     def test_what_needs_the_whole_model_in_one_process_is_refused_under_torchrun(self):
-        with mock.patch.dict(os.environ, WORLD_SIZE="2"):
-            for line in ("--undo_steps 3 --undo_alpha .3", "--latent_eps 1", "--latent direction",
-                         "--merge a", "--ilu_lambda 1 --ilu_data x"):
-                with self.assertRaisesRegex(formats.InputError, "without torchrun"):
-                    self.parsed(*line.split())
+        for line in ("--undo_steps 3 --undo_alpha .3", "--latent_eps 1", "--latent direction",
+                     "--merge a", "--ilu_lambda 1 --ilu_data x"):
+            self.assertRaisesRegex(formats.InputError, "without torchrun", self.parsed, *line.split())
 
-    def test_sam_rho_alone_means_the_papers_sam_and_nothing_at_all_means_momentum_on_the_built_in_data(self):
+    def test_sam_rho_alone_means_the_papers_sam_and_nothing_momentum_on_the_built_in_data(self):
         for flags, want in ((["--sam_rho", "0.01"], ["gradient", "l2", 0.01]),
                             ([], ["momentum", "linf", None]),       # rho follows from the model's width
                             (["--data", "/mine", "--model", "m"], ["gradient", "l2", 0.1]),
@@ -2995,29 +2820,13 @@ class Flags(unittest.TestCase):
         self.assertNotEqual(take(0), take(1))
 
     def test_learning_rate_by_hand(self):
-        rates = [unlearn.learning_rate(s, 20, 1.0, 0.1, "none") for s in range(4)]
-        self.assertEqual(rates, [0.5, 1.0, 1.0, 1.0])
-        rates = [unlearn.learning_rate(s, 4, 1.0, 0, "linear") for s in range(4)]
-        self.assertEqual(rates, [1.0, 0.75, 0.5, 0.25])
-        rates = [unlearn.learning_rate(s, 10, 1.0, 0.2, "linear") for s in range(10)]    # reaches its peak
-        self.assertEqual(rates, [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
-
-    def test_bf16_swallows_a_small_perturbation_and_says_so(self):
-        torch.manual_seed(3)
-        p = torch.nn.Parameter((torch.randn(100_000) * 0.05).bfloat16())
-        p.grad = torch.randn(100_000).bfloat16()
-        with sam.SAM([p], 0.01).perturbed() as s:
-            stats = {name: t.item() for name, t in s.stats.items()}
-        self.assertLess(stats["cosine"], 0.9)
-        self.assertIn("bfloat16", unlearn.precision_warning(stats, "bfloat16"))
-        fine = {"asked_norm": 0.01, "applied_norm": 0.01, "cosine": 0.9999}
-        self.assertIsNone(unlearn.precision_warning(fine, "float32"))
+        for total, warmup, kind, want in ((20, 0.1, "none", [0.5, 1, 1, 1]),
+                                          (10, 0.2, "linear", [0.5, 1, 1, 0.875, 0.75])):
+            rates = [unlearn.learning_rate(step, total, 1.0, warmup, kind) for step in range(len(want))]
+            self.assertEqual(rates, want)
 
 
 # ---- unlearn.py and data/memory.py: what a run holds --------------------------------------------------
-
-LINUX = Path("/proc/self/clear_refs").exists()
-
 
 class Plan(Folder):
     def planned(self, trained, count, *flags):
@@ -3043,7 +2852,7 @@ class Plan(Folder):
             self.assertEqual(self.planned(100, 1, *flags), 100 * bytes_each, flags)
 
     def test_seven_billion_parameters_in_adapters_plan_below_22_gb(self):
-        """Rank 16, 4 x 512 tokens, gradient checkpointing: README. One of Mistral-7B's 32 layers is measured."""
+        """As README: rank 16, 4 x 512 tokens. One of Mistral-7B's 32 layers is measured."""
         from transformers import MistralConfig, MistralForCausalLM
         with torch.device("meta"):
             model = MistralForCausalLM(MistralConfig(num_hidden_layers=1)).bfloat16()
@@ -3052,117 +2861,93 @@ class Plan(Folder):
         trained = 32 * sum(p.numel() for _, p in added.named())
         activations = memory.activation_bytes(model, [(list(range(512)), [1] * 512)], 4, True, 0)
         activations += 31 * 4 * 512 * 4096 * 2                       # the other layers' inputs
-        args = unlearn.parse_args("--lora 16 --param_dtype bfloat16 --sam_rho 0.01 --out /nowhere".split())
+        args = unlearn.parse_args("--lora 16 --param_dtype bfloat16 --sam_rho .01 --out no".split())
         parts = memory.plan(args, 7.24e9, trained, 4, sam.SAM.copies, activations)
         self.assertAlmostEqual(sum(parts.values()) / 1e9, 16.7, places=1)
 
-    @unittest.skipUnless(LINUX, "needs Linux to measure a peak of memory")
+    @unittest.skipUnless(LINUX, "only Linux tells a peak of memory")
     def test_the_plan_is_within_15_percent_of_the_measured_peak(self):
-        """A 42M-parameter Llama on short samples; the base is what a run of a tiny model leaves behind."""
+        """A 42M-parameter Llama on short samples; the base is what a run of a tiny one leaves behind."""
         code = """if True:
             import json, runpy, sys
             little, large, *more = sys.argv[1:]
             def run(world):
-                sys.argv = ["unlearn.py", "--model", world + "/model", "--data", world, "--steps", "2",
-                            "--out", world + "-sam", "--batch_size", "2", "--no-relearn", "--overwrite", *more]
+                flags = f"--model {world}/model --data {world} --out {world}-sam --steps 2 --overwrite"
+                sys.argv = ["unlearn.py", *flags.split(), "--no-relearn", "--batch_size", "2", *more]
                 runpy.run_path("unlearn.py", run_name="__main__")
             def status(key):
-                return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
+                return 1024 * int(open("/proc/self/status").read().split(key)[1].split()[0])
             run(little)
             open("/proc/self/clear_refs", "w").write("5")                           # resets the peak
-            base = status("VmRSS")
+            base = status("VmRSS:")
             run(large)
             plan = json.load(open(large + "-sam/result.json"))["plan_gb"]
-            print("measured", status("VmHWM") - base, sum(plan.values()) * 1e9)
+            print("measured", status("VmHWM:") - base, sum(plan.values()) * 1e9)
         """
         write_world(self.tmp / "little", little_llama(torch.float32))
         write_world(self.tmp / "large", little_llama(torch.float32, vocab_size=8192, hidden_size=512,
                                                      num_hidden_layers=8, intermediate_size=2048))
-        held = {"MALLOC_MMAP_THRESHOLD_": "65536"}       # glibc then returns what is freed, and the rest is held
+        held = {"MALLOC_MMAP_THRESHOLD_": "65536"}       # glibc then returns what is freed
         for more in ((), ("--lora", 8)):
             run = in_python(code, self.tmp / "little", self.tmp / "large", *more, **held)
             self.assertEqual(run.returncode, 0, run.stderr)
             measured, planned = map(float, run.stdout.split("measured")[1].split())
-            print(f"[planned {planned / 1e6:.0f} MB, measured {measured / 1e6:.0f}]", end=" ", file=sys.stderr)
-            self.assertAlmostEqual(planned / measured, 1, delta=0.15)
+            self.assertAlmostEqual(planned / measured, 1, delta=0.15, msg=(planned, measured))
 
 
 # ---- unlearn.py: models of every shape, going on after a kill, several processes ----------------------
-
-class Runs(Folder):
+class Runs(World):
     def weights(self, name):
         return models.load_model(self.tmp / name)[0].state_dict()
 
-    def unlearn(self, *flags, says=None):
-        return self.run_script("unlearn.py", *flags, says=says)
-
-    def broken_off(self, at, *flags):
-        """Run unlearn.py in this process and press Ctrl-C in step `at`, counted from 1; its exit status."""
-        count = itertools.count(1)
-        clip = torch.nn.utils.clip_grad_norm_
-
-        def clip_or_die(*args):
-            if next(count) == at:
-                raise KeyboardInterrupt
-            return clip(*args)
-        with mock.patch.object(torch.nn.utils, "clip_grad_norm_", clip_or_die):
-            return run_here("unlearn.py", *flags)[0]
-
     def test_models_of_every_shape_run_or_name_the_fix(self):
-        """No pad token, tied embeddings, more embeddings than tokens, learned positions and biases; a pad
-        token that the model does not have, and a sample that is too long."""
+        """No pad token, tied embeddings, more embeddings than tokens, learned positions and biases; a
+        pad token that the model does not have, and a sample that is too long."""
         from safetensors import safe_open
-        from transformers import GPT2Config, GPT2LMHeadModel
-        plain = words()
         without_pad = words()
         without_pad.pad_token = None
-        gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(plain), n_embd=16, n_layer=2, n_head=2,
-                                          n_positions=64, bos_token_id=1, eos_token_id=2))
+        little = little_llama(torch.float32)
         tied = little_llama(torch.float32, tie_word_embeddings=True)
-        wide = little_llama(torch.float32, vocab_size=len(plain) + 19)
-        for n, (model, tok) in enumerate(((little_llama(torch.float32), without_pad), (gpt2, without_pad),
-                                          (tied, plain), (wide, plain))):
-            flags = write_world(self.tmp / f"w{n}", model, tok)
-            self.unlearn(*flags, "--gradient_checkpointing", "--out", self.tmp / f"r{n}")
-            before = self.weights(f"w{n}/model")
-            after = self.weights(f"r{n}")
+        wide = little_llama(torch.float32, vocab_size=len(words()) + 19)
+        for name, model, tok in (("llama", little, without_pad), ("gpt2", little_gpt2(), without_pad),
+                                 ("tied", tied, words()), ("wide", wide, words())):
+            flags = write_world(self.tmp / name, model, tok)
+            self.unlearn("run", *flags, "--gradient_checkpointing", "--overwrite")
+            before = self.weights(f"{name}/model")
+            after = self.weights("run")
             self.assertEqual(before.keys(), after.keys())
             self.assertFalse(torch.equal(flat(before.values()), flat(after.values())))
-            saved = safe_open(self.tmp / f"r{n}" / "model.safetensors", "pt").keys()
-            self.assertEqual("lm_head.weight" in saved, n in (0, 3))             # tied weights once
+            keys = safe_open(self.tmp / "run" / "model.safetensors", "pt").keys()
+            self.assertEqual("lm_head.weight" in keys, name in ("llama", "wide"))  # tied weights once
         tok = words()
         tok.add_special_tokens({"pad_token": "<more>"})
-        flags = write_world(self.tmp / "w", little_llama(torch.float32), tok)
-        self.unlearn(*flags, "--out", self.tmp / "r", says="set pad_token to null")
-        flags = write_world(self.tmp / "w", little_llama(torch.float32, context=8))
-        self.unlearn(*flags, "--out", self.tmp / "r", says="--max_len 8")
+        self.unlearn("none", *write_world(self.tmp / "more", little, tok), says="set pad_token to null")
+        short = write_world(self.tmp / "short", little_llama(torch.float32, context=8))
+        self.unlearn("none", *short, says="--max_len 8")
 
     def test_a_resumed_run_is_bitwise_the_unbroken_one(self):
-        flags = write_world(self.tmp / "world", little_llama(torch.float32))
         averaged = ["--wa_start", 1, "--wa_every", 1]
         rounded = ["--param_dtype", "bfloat16", "--state_dtype", "float32", "--stochastic_rounding"]
         momentum = ["--sam_direction", "momentum", "--sam_norm"]
-        for n, more in enumerate((
+        self.flags += ["--eval_every", 2, "--overwrite"]
+        for more in (
                 ["--smooth", "sam+wa", *averaged], ["--smooth", "rs+wa", *averaged], ["--smooth", "cr"],
                 rounded, [*momentum, "linf"], ["--smooth", "sam+wa", *momentum, "l2", *averaged],
                 ["--sam_direction", "lookahead", "--lookahead_steps", 2], ["--sam_direction", "random"],
-                ["--latent_eps", 0.5],
-                ["--ilu_lambda", 1, "--ilu_data", self.tmp / "world/retain.jsonl"],
+                ["--latent_eps", 0.5], ["--lora", 2],
+                ["--ilu_lambda", 1, "--ilu_data", self.world / "retain.jsonl"],
                 ["--optimizer", "hybrid", "--zo_every", 1, "--zo_lr", 1], ["--optimizer", "sign"],
-                ["--loss", "rmu", "--train_modules", "."])):          # some weights never have a gradient
-            more = [*more, "--eval_every", 2]
-            whole = self.tmp / f"whole{n}"
-            broken = self.tmp / f"broken{n}"
-            self.unlearn(*flags, *more, "--out", whole)
-            self.broken_off(5, *flags, *more, "--out", broken, "--save_every", 3)
-            self.assertFalse(broken.exists())
-            self.unlearn(*flags, *more, "--out", broken, "--resume")
-            curves = [read_json(run / "result.json")["curve"] for run in (whole, broken)]
+                ["--loss", "rmu", "--train_modules", "."]):  # some weights never have a gradient
+            shutil.rmtree(self.tmp / "broken", ignore_errors=True)
+            self.unlearn("whole", *more)
+            self.break_off("broken", 5, *more, "--save_every", 3)
+            self.assertFalse((self.tmp / "broken").exists())
+            self.unlearn("broken", *more, "--resume")
+            curves = [self.result(run)["curve"] for run in ("whole", "broken")]
             for point in curves[0] + curves[1]:
                 del point["seconds"]
             self.assertEqual(*curves)
-            weights = [(run / "model.safetensors").read_bytes() for run in (whole, broken)]
-            self.assertTrue(weights[0] == weights[1], more)
+            self.same_weights("whole", "broken")
             self.assertFalse(list(self.tmp.glob("*.state*")))         # no longer needed: removed
 
     def test_without_triton_the_script_steps_by_the_reference(self):
@@ -3172,38 +2957,40 @@ class Runs(Folder):
             sys.argv[:1] = ["unlearn.py"]
             runpy.run_path("unlearn.py", run_name="__main__")
         """
-        flags = write_world(self.tmp / "world", little_llama(torch.float32))
-        for more in ((), ("--stochastic_rounding",), ("--state_dtype", "float32")):
-            out = self.tmp / "-".join(("run", *more))
-            run = in_python(code, *flags, "--param_dtype", "bfloat16", "--out", out, *more)
-            self.assertEqual(run.returncode, 0, run.stderr)
-            self.assertIn("moved by torch", run.stdout)
-        found = [read_json(path)["curve"][-1]["forget"] for path in self.tmp.glob("run*/result.json")]
-        self.assertEqual(len(set(found)), 3)             # each does something else
+        more = ["--param_dtype", "bfloat16", "--stochastic_rounding", "--out", self.tmp / "run"]
+        run = in_python(code, *self.flags, *more)
+        self.assertIn("moved by torch", run.stdout, run.stderr)
+        self.assertTrue((self.tmp / "run").exists())
 
     def test_a_saved_state_is_whole_or_as_it_was_and_guards_its_run(self):
         from torch.distributed.checkpoint import HuggingFaceStorageWriter
-        flags = [*write_world(self.tmp / "world", little_llama(torch.float32)), "--out", self.tmp / "run",
-                 "--save_every", 1]
-        self.broken_off(3, *flags)
+        self.flags += ["--save_every", 1]
+        self.break_off("run", 3)
         state = self.tmp / "run.state"
         self.assertEqual([part.name for part in state.iterdir()], ["2"])         # older ones are gone
-        names = states.dtypes(state / "2")
-        self.assertEqual(names["exp_avg.lm_head.weight"], torch.float32)
+        self.assertEqual(states.dtypes(state / "2")["exp_avg.lm_head.weight"], torch.float32)
         self.assertFalse(list(state.rglob("*.pt")) + list(state.rglob(".metadata")))     # no pickle
-        self.unlearn(*flags, says="--resume")
-        self.unlearn(*flags, "--resume", "--lr", 1e-3, says="--lr 0.0003")
+        self.unlearn("run", says="--resume")
+        self.unlearn("run", "--resume", "--lr", 1e-3, says="--lr 0.0003")
+        for path, says in ((self.world / "forget.jsonl", "another data"),
+                           (self.model / "model.safetensors", "another model")):
+            kept = path.read_bytes()
+            if path.suffix == ".jsonl":
+                write_rows(path, TEXTS)
+            else:
+                write_model(self.model, little_llama(torch.float32, seed=1))
+            self.unlearn("run", "--resume", says=says)
+            path.write_bytes(kept)
         with mock.patch.object(HuggingFaceStorageWriter, "finish", side_effect=OSError("full disk")):
-            self.unlearn(*flags, "--resume", says="full disk")
+            self.unlearn("run", "--resume", says="full disk")
         part, note = states.last(state)
         self.assertEqual((part.name, len(note["curve"])), ("2", 2))              # as it was
-        self.unlearn(*flags, "--resume")
+        self.unlearn("run", "--resume")
         self.assertFalse(state.exists())
 
     def test_two_processes_under_torchrun_do_what_one_does(self):
-        """FSDP2 over gloo, an odd number of rows in some weights: every smoother, micro-batches that leave a
-        process without samples, a frozen second model, tied weights, chunks of logits, saving, resuming with
-        another number of processes, relearning, scoring. In one launch, since starting takes longest."""
+        """FSDP2 over gloo, weights of an odd number of rows or tied, micro-batches that leave a process
+        without samples, chunks of logits, resuming with another number of processes. In one launch."""
         flags = write_world(self.tmp / "odd", little_llama(torch.float32, vocab_size=len(words()) + 2))
         tied = write_world(self.tmp / "tied", little_llama(torch.float32, tie_word_embeddings=True))
         jobs = {s: [*flags, "--smooth", s] for s in ("none", "sam", "rs", "gp", "cr")}
@@ -3217,18 +3004,18 @@ class Runs(Folder):
                  "sign": [*flags, "--optimizer", "sign"],
                  "zo": [*flags, "--optimizer", "zo", "--zo_lr", 0.1]}
         for name, job in jobs.items():
-            self.unlearn(*job, "--out", self.tmp / f"one-{name}")
-        self.broken_off(4, *jobs["wa"], "--save_every", 2, "--out", self.tmp / "two-resumed")
+            self.unlearn(f"one-{name}", *job)
+        self.break_off("two-resumed", 4, *jobs["wa"], "--save_every", 2)
         plan = [["unlearn.py", *map(str, job), "--out", f"two-{name}"] for name, job in jobs.items()]
         plan += [["unlearn.py", *map(str, jobs["wa"]), "--out", "two-resumed", "--resume"],
-                 ["unlearn.py", *map(str, jobs["rs"]), "--out", "one-resumed", "--save_every", "2", "DIE"],
-                 ["relearn.py", "two-sam", "--samples", "2", "3", "--lr", "0.01"], ["evaluate.py", "two-sam"]]
+                 ["unlearn.py", *map(str, jobs["rs"]), "--out", "one-resumed", "--save_every=2", "DIE"],
+                 "relearn.py two-sam --samples 2 3 --lr 0.01".split(), ["evaluate.py", "two-sam"]]
         (self.tmp / "plan.json").write_text(json.dumps(plan))
         (self.tmp / "drive.py").write_text(DRIVE.replace("ROOT", repr(str(ROOT))))
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         run = subprocess.run([*launch, "drive.py"], cwd=self.tmp, capture_output=True, text=True)
         self.assertEqual(run.returncode, 0, run.stderr[-3000:])
-        self.unlearn(*jobs["rs"], "--out", self.tmp / "one-resumed", "--resume")
+        self.unlearn("one-resumed", *jobs["rs"], "--resume")
         same = {f"two-{name}": f"one-{name}" for name in jobs}
         same |= {"two-resumed": "one-wa", "one-resumed": "one-rs"}
         for one, other in same.items():
@@ -3236,22 +3023,20 @@ class Runs(Folder):
             other = self.weights(other)
             self.assertEqual(one.keys(), other.keys())
             torch.testing.assert_close(flat(one.values()), flat(other.values()), rtol=0, atol=1e-5)
-        self.assertEqual(read_json(self.tmp / "two-sam" / "result.json")["processes"], 2)
-        self.assertEqual(run.stdout.count("after   UE"), len(jobs) + 1)          # only one process prints
+        self.assertEqual(self.result("two-sam")["processes"], 2)
+        self.assertEqual(run.stdout.count("after   UE"), len(jobs) + 1)  # only one process prints
         self.one_and_two_score_alike()
         self.each_process_held_its_part()
 
     def one_and_two_score_alike(self):
+        """With the cells of relearn.json."""
         for name, more in (("relearn.py", ["--samples", 2, 3, "--lr", 0.01]), ("evaluate.py", [])):
             self.run_script(name, self.tmp / "one-sam", *more)
-        found = []
-        for run in ("one-sam", "two-sam"):                            # with the cells of relearn.json
-            metrics = read_json(self.tmp / run / "evaluate.json")["metrics"]
-            found.append(tables.cells_of(self.tmp / run, metrics))
-        self.assertEqual(found[0].keys(), found[1].keys())
-        self.assertTrue({"2", "3", "open_forget", "ppl_retain"} <= {cell.column for cell in found[0]})
-        for cell, value in found[0].items():
-            self.assertAlmostEqual(found[1][cell], value, delta=1e-4 * abs(value), msg=cell)
+        one, two = [self.tmp / name for name in ("one-sam", "two-sam")]
+        found = tables.cells_of(two, read_json(two / "evaluate.json")["metrics"])
+        want = tables.cells_of(one, read_json(one / "evaluate.json")["metrics"])
+        self.assertTrue({"2", "3", "open_forget", "ppl_retain"} <= {cell.column for cell in want})
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=0)
 
     def each_process_held_its_part(self):
         """A process keeps its part, and no two hold a whole model at once."""
@@ -3261,26 +3046,85 @@ class Runs(Folder):
         for a, b in itertools.product(loads, other_loads):
             self.assertTrue(a[1] <= b[0] or b[1] <= a[0])
 
-    @unittest.skipUnless(os.environ.get("REAL_MODEL"), "set REAL_MODEL to a Hugging Face folder to run it")
-    def test_a_real_model_unlearns_in_bf16_and_fp32_and_says_what_was_applied(self):
-        people = script_module("data/people/prepare.py")
-        for name, rows in people.build(0)[0].items():
-            write_rows(self.tmp / f"{name}.jsonl", rows[:8])
-        (self.tmp / "meta.json").write_text(json.dumps({"prompt": people.PROMPT}))
-        first = {}
-        for dtype, bytes_each in (("bfloat16", 10), ("float32", 20)):
-            self.unlearn("--model", os.environ["REAL_MODEL"], "--data", self.tmp, "--out", self.tmp / dtype,
-                         "--param_dtype", dtype, "--steps", 2, "--batch_size", 2, "--lr", 1e-5, "--warmup", 0,
-                         "--sam_rho", 0.01, "--gradient_checkpointing", "--no-relearn")
-            result = read_json(self.tmp / dtype / "result.json")
-            first[dtype] = result["curve"][0]
-            self.assertAlmostEqual(first[dtype]["forget"], 4 * math.log(2), delta=0.05)  # npo at the reference
-            total = sum(result["plan_gb"].values()) - result["plan_gb"]["activations"]
-            size = sum(p.numel() for p in models.load_model(self.tmp / dtype)[0].parameters())
-            self.assertAlmostEqual(total * 1e9 / size, bytes_each, delta=0.1)
-        self.assertAlmostEqual(first["float32"]["applied_norm"], 0.01, delta=1e-4)
-        self.assertGreater(first["float32"]["cosine"], 0.99)
-        self.assertLess(first["bfloat16"]["cosine"], 0.9)
+    def test_a_folder_works_without_any_questions(self):
+        for part in ("forget", "retain"):
+            (self.world / f"mcq_{part}.jsonl").unlink()
+        self.unlearn("run")
+        self.assertEqual(self.result("run")["metrics"]["after"], {"UE": None, "UT": None})
+        run = self.tmp / "run"
+        self.assertIn("2 samples", self.run_script("relearn.py", run, "--samples", 1, 2, "--draws", 1))
+        self.assertIn("ppl_forget", self.run_script("evaluate.py", run))
+
+    def test_rmu_trains_what_it_names_and_a_bf16_run_is_attacked_in_fp32(self):
+        run = self.tmp / "run"
+        self.unlearn("run", "--loss", "rmu", "--param_dtype", "bfloat16", "--lr", 1e-2)
+        before = self.weights("world/model")
+        after = self.weights("run")
+        moved = [name for name in before if not torch.equal(before[name].bfloat16(), after[name])]
+        self.assertEqual(moved, ["model.layers.0.mlp.down_proj.weight"])
+        self.run_script("relearn.py", run, "--samples", 4, "--draws", 1, "--param_dtype", "float32")
+        self.assertEqual(read_json(run / "relearn.json")["args"]["param_dtype"], "float32")
+
+    @unittest.skipUnless(triton, "triton is not installed here")
+    def test_triton_and_torch_take_the_same_run_and_say_which_one_ran(self):
+        self.flags += ["--steps", 1, "--smooth", "sam+wa", "--wa_start", 0, "--wa_every", 1]
+        moved = []
+        for path, says in (("--triton", "Triton kernels: by the interpreter"), ("--no-triton", "torch")):
+            self.assertIn(f"the weights are moved by {says}", self.unlearn(path, path))
+            self.assertEqual(self.result(path)["args"]["triton"], path == "--triton")
+            moved.append(flat(self.weights(path).values()))
+        torch.testing.assert_close(*moved, rtol=0, atol=1e-6)
+        with mock.patch.object(mt, "INTERPRETED", False):
+            self.unlearn("no", "--triton", says="take GPU tensors")
+
+    def test_every_attack_is_one_command_and_ends_up_in_one_table(self):
+        asked = [QUESTIONS[i % 4] | {"answer": i // 4, "fact": i} for i in range(8)]
+        write_rows(self.world / "mcq_forget.jsonl", asked)           # for a probe to tell apart
+        self.unlearn("run")
+        run = self.tmp / "run"
+        retain = self.world / "retain.jsonl"
+        for name, *flags in (("", "--curve_every", 1), ("_retain", "--attack_data", "retain"),
+                             ("_mix50", "--mix", 0.5), ("_ablate", "--ablate", 0, 2),
+                             ("_lora2", "--lora", 2, "--lr", 0.001, 0.01),
+                             ("_sgd", "--optimizer", "sgd", "--lr", 0.1, "--geometry"),
+                             ("_compress", "--quantize", 8, "--prune", 50),
+                             ("_retain_lora1", "--attack_data", retain, "--lora", 1)):
+            self.run_script("relearn.py", run, "--samples", 4, "--draws", 1, *flags)
+            self.assertTrue((run / f"relearn{name}.json").is_file(), flags)
+        flags = "--attack prefix --attack_calls 40 --attack_length 6 8 --sharpness own --landscape 3"
+        flags += " --sharpness_rows 2 --sharpness_steps 3 --sharpness_probes 2"
+        self.run_script("evaluate.py", run, "--attack", "context", "--shots", 2, "--probe", 1, 2)
+        out = self.run_script("evaluate.py", run, *flags.split())
+        metrics = read_json(run / "evaluate.json")["metrics"]
+        search = read_json(run / "attack_gcg+.json")
+        self.assertEqual(metrics["attack"]["gcg+"], search["metrics"])
+        self.assertEqual(search["args"]["teacher"], str(self.model))
+        self.assertEqual(np.shape(metrics["landscape"]["own"]["rise"]), (3, 3))
+        self.assertIn(f"{metrics['sharpness']['own']['rise']:.3f}", out)
+        for title in "relearning lora2 retain compress prefix context mix50 ablate".split():
+            self.assertIn(f"\nUE after {title}\n", out)
+        self.assertIn("accuracy of a probe", out)
+        stamp = (run / "evaluate.json").stat().st_mtime_ns
+        self.assertEqual(self.run_script("evaluate.py", run, *flags.split()), out)
+        self.assertEqual((run / "evaluate.json").stat().st_mtime_ns, stamp)      # kept
+        self.run_script("evaluate.py", run, "--attack", "prefix", says="--overwrite")
+
+    def test_the_best_weights_on_the_way_are_the_ones_of_highest_ue_that_keep_ut(self):
+        self.flags += ["--steps", 12, "--lr", 3e-2, "--eval_every", 1, "--overwrite"]
+        for more in ([], ["--lora", 2]):
+            self.unlearn("last", *more)
+            self.unlearn("best", *more, "--keep", "best", "--keep_ut", 0.5)
+            result = self.result("best")
+            losses_of = [[p["forget"] for p in self.result(name)["curve"]] for name in ("last", "best")]
+            self.assertEqual(*losses_of)
+            floor = 0.5 * result["metrics"]["before"]["UT"]
+            good = [p for p in result["curve"] if p["UT"] >= floor]
+            want = max(good, key=lambda p: p["UE"])                   # the first of equals
+            self.assertEqual(result["kept"], {key: want[key] for key in ("step", "UE", "UT")})
+            self.assertEqual(result["metrics"]["after"], {"UE": want["UE"], "UT": want["UT"]})
+            self.unlearn("short", *more, "--steps", want["step"])
+            self.same_weights("best", "short")
+            self.assertFalse(list(self.tmp.glob("*.best")))
 
 
 DRIVE = '''
@@ -3321,20 +3165,21 @@ json.dump([loads, held], open(f"rank{torch.distributed.get_rank()}.json", "w"))
 
 
 # ---- what a run may write to, and what is left of one that is stopped ---------------------------------
-
-class Out(Folder):
+class Out(World):
     def setUp(self):
         super().setUp()
-        self.world = self.tmp / "world"
-        self.flags = write_world(self.world, little_llama(torch.float32))
-        self.before = self.files()
+        self.flags += ["--steps", 2]
+        self.out = self.tmp / "run"
 
     def files(self):
-        """{path: bytes, or None of a folder} of all that is there."""
+        """{path: bytes, or None of a folder}"""
         return {path: path.read_bytes() if path.is_file() else None for path in self.tmp.rglob("*")}
 
-    def unlearn(self, *flags, says=None):
-        return self.run_script("unlearn.py", *self.flags, "--steps", 2, *flags, says=says)
+    def untouched(self, out, *flags, says):
+        """A run that is refused, after which all is as before."""
+        before = self.files()
+        self.unlearn("never", "--out", out, *flags, says=says)
+        self.assertEqual(self.files(), before)
 
     def test_overwrite_replaces_runs_and_nothing_else(self):
         mine = self.tmp / "mine"
@@ -3342,145 +3187,121 @@ class Out(Folder):
         (mine / "notes").write_text("precious")
         (self.tmp / "link").symlink_to(mine)
         (self.tmp / "dangling").symlink_to(self.tmp / "nowhere")
-        before = self.files()
-        for out, says in ((self.world, "which the run reads"), (self.world / "model", "which the run reads"),
+        for out, says in ((self.world, "which the run reads"), (self.model, "which the run reads"),
                           (self.tmp, "which the run reads"), (self.world / "new", "which the run reads"),
-                          (mine, "not a run"), (mine / "notes", "not a run"), (mine / "notes" / "x", "cannot be"),
-                          (self.tmp / "link", "is a link"), (self.tmp / "dangling", "is a link"),
-                          (".", "the current folder"), ("..", "the current folder")):
-            self.unlearn("--out", out, "--overwrite", says=says)
-            self.assertEqual(self.files(), before)
-        run = self.tmp / "run"
-        self.unlearn("--out", run)
-        weights = (run / "model.safetensors").read_bytes()
-        self.unlearn("--out", f"{run}/", says="exists")
-        self.unlearn("--out", run, "--overwrite", "--lr", 1e-2)
-        self.assertNotEqual((run / "model.safetensors").read_bytes(), weights)
+                          (mine, "not a run"), (mine / "notes", "not a run"),
+                          (mine / "notes" / "x", "cannot be"), (self.tmp / "link", "is a link"),
+                          (self.tmp / "dangling", "is a link"), (".", "the current folder"),
+                          ("..", "the current folder")):
+            self.untouched(out, "--overwrite", says=says)
+        self.unlearn("one")
+        self.unlearn("run")
+        self.same_weights("one", "run")
+        self.untouched(f"{self.out}/", says="exists")
+        self.unlearn("run", "--overwrite", "--lr", 1e-2)
+        self.assertRaises(AssertionError, self.same_weights, "one", "run")
 
     def test_a_users_files_under_the_names_of_ours_stay(self):
-        for name in ("run.state/2023/photo", "run.state/todo", "run.best/1/photo", "run.best",
-                     ".run.lock"):
+        for name in "run.state/2023/photo run.state/todo run.best/1/photo run.best .run.lock".split():
             mine = self.tmp / name
             mine.parent.mkdir(parents=True, exist_ok=True)
             mine.write_text("precious")
-            before = self.files()
             for more in ((), ("--overwrite",), ("--resume",)):
-                self.unlearn("--out", self.tmp / "run", *more, says=name)
-                self.assertEqual(self.files(), before)
-            mine.unlink()
-            for folder in (mine.parent, mine.parent.parent):
-                if folder.name != self.tmp.name and folder.is_relative_to(self.tmp):
-                    folder.rmdir()
+                self.untouched(self.out, *more, says=name)
+            top = self.tmp / Path(name).parts[0]
+            top.unlink() if top.is_file() else shutil.rmtree(top)
         (self.tmp / ".run.tmp1").write_text("precious")
         (self.tmp / ".run.tmp_mine").mkdir()
         before = self.files()
-        self.unlearn("--out", self.tmp / "run")
-        for name in ("notes", "other/result.json"):
-            mine = write_rows(self.tmp / "run" / name, ["precious"])
-            self.unlearn("--out", self.tmp / "run", "--overwrite", says="no script here wrote")
-            self.assertTrue(mine.is_file())
-            shutil.rmtree(mine.parent) if mine.parent.name == "other" else mine.unlink()
+        self.unlearn("run")
         self.assertEqual(self.files() | before, self.files())
+        for name in ("notes", "other/result.json"):
+            mine = write_rows(self.out / name, ["precious"])
+            self.untouched(self.out, "--overwrite", says="no script here wrote")
+            mine.unlink()
 
     def test_one_run_at_a_time_writes_to_a_folder_and_sweeps_before_its_own_door(self):
-        run = self.tmp / "run"
-        (self.tmp / ".run.tmp123").mkdir()
-        (self.tmp / ".other.tmp123").mkdir()
-        with runs.claimed(run, False, []):
-            self.unlearn("--out", run, says="another run is writing")
+        with runs.claimed(self.out, False, []):
+            self.unlearn("run", says="another run is writing")
         (self.tmp / ".run.tmp123").mkdir()       # as a killed run leaves it
-        self.unlearn("--out", run)
-        hidden = sorted(path.name for path in self.tmp.glob(".*"))
-        self.assertEqual(hidden, [".other.tmp123"])
+        (self.tmp / ".other.tmp123").mkdir()
+        self.unlearn("run")
+        self.assertEqual([path.name for path in self.tmp.glob(".*")], [".other.tmp123"])
 
     def test_a_save_that_fails_leaves_what_was_there(self):
-        run = self.tmp / "run"
-        self.unlearn("--out", run)
-        before = self.files()
+        self.unlearn("run")
         full = OSError(28, "No space left on device", "x")
-        for name, error in (("write_json", full), ("for_transformers_4", full),
-                            ("for_transformers_4", Exception(str(full)))):       # as tokenizers raises it
-            with mock.patch.object(runs, name, side_effect=error):
-                self.unlearn("--out", run, "--overwrite", says="No space left on device")
-            self.assertEqual(self.files(), before)
         rename = Path.rename
 
         def second_fails(path, target):
-            if target == run and path.name.startswith(".run.tmp") and "old" not in path.name:
+            if target == self.out and path.name.startswith(".run.tmp") and "old" not in path.name:
                 raise full
             return rename(path, target)
-        with mock.patch.object(Path, "rename", second_fails):
-            self.unlearn("--out", run, "--overwrite", says="No space left on device")
-        self.assertEqual(self.files(), before)
+        for where, name, error in ((runs, "write_json", full), (runs, "for_transformers_4", full),
+                                   (runs, "for_transformers_4", Exception(str(full))),   # by tokenizers
+                                   (Path, "rename", second_fails)):
+            patch = {name: error} if where is Path else {name: mock.Mock(side_effect=error)}
+            with mock.patch.multiple(where, **patch):
+                self.untouched(self.out, "--overwrite", says="No space left on device")
 
     def test_prepare_keeps_a_users_files_and_what_another_process_has_finished(self):
         mine = self.tmp / "mine"
         write_rows(mine / "forget.jsonl", ["precious"])
-        before = self.files()
-        self.run_script("data/tiny/prepare.py", "--out", mine, says="forget.jsonl is there and differs")
-        self.run_script("data/people/prepare.py", "--out", mine, "--model", self.world / "model",
-                        says="forget.jsonl is there and differs")
-        self.assertEqual(self.files(), before)
-        model, tok = models.load_model(self.world / "model")
+
+        def refused(*more, says):
+            before = self.files()
+            for script, flags in (("tiny", ()), ("people", ("--model", self.model))):
+                self.run_script(f"data/{script}/prepare.py", "--out", mine, *flags, *more, says=says)
+            self.assertEqual(self.files(), before)
+        refused(says="forget.jsonl is there and differs")
+        model, tok = models.load_model(self.model)
         with contextlib.redirect_stdout(io.StringIO()):
             for seed in (1, 2):
-                runs.save_run(mine / "target", model, tok, {"stage": "prepare", "seed": seed}, overwrite=False)
-        self.assertEqual(read_json(mine / "target" / "result.json")["seed"], 1)
+                result = {"stage": "prepare", "seed": seed}
+                runs.save_run(mine / "target", model, tok, result, overwrite=False)
+        self.assertEqual(self.result("mine/target")["seed"], 1)
         (mine / "target" / "photo").write_text("precious")
         (mine / "forget.jsonl").unlink()
-        before = self.files()
-        for script, more in (("tiny", ()), ("people", ("--model", self.world / "model"))):
-            flags = ("--out", mine, *more, "--overwrite")
-            self.run_script(f"data/{script}/prepare.py", *flags, says="holds photo")
-        self.assertEqual(self.files(), before)
+        refused("--overwrite", says="holds photo")
 
     def test_a_table_does_not_replace_a_runs_own_files(self):
-        self.unlearn("--out", self.tmp / "run")
+        self.unlearn("run")
         before = self.files()
-        for name in ("result.json", "config.json", "model.safetensors"):
-            self.run_script("evaluate.py", self.tmp / "run", "--json", self.tmp / "run" / name, says="no table")
-        self.run_script("evaluate.py", self.tmp / "run", "--json", self.tmp / "no" / "x", says="a folder that is")
+        for path, says in (("run/result.json", "no table"), ("run/config.json", "no table"),
+                           ("run/model.safetensors", "no table"), ("no/x", "a folder that is")):
+            self.run_script("evaluate.py", self.out, "--json", self.tmp / path, says=says)
         self.assertEqual(self.files(), before)
         for _ in range(2):
-            self.run_script("evaluate.py", self.tmp / "run", "--json", self.tmp / "table.json")
+            self.run_script("evaluate.py", self.out, "--json", self.tmp / "table.json")
 
     def test_a_finished_run_needs_no_resuming_but_its_attack(self):
-        run = self.tmp / "run"
-        flags = ("--out", run, "--resume")
-        self.unlearn("--out", run)
+        self.unlearn("run")
         before = self.files()
-        self.assertIn("is finished", self.unlearn(*flags))
-        self.assertEqual(self.files(), before)
         with mock.patch.object(relearn, "attack") as attack:
-            self.assertIn("is finished", self.unlearn(*flags, "--relearn"))
-        self.assertEqual(attack.call_count, 1)
+            for more, count in (((), 0), (("--relearn",), 1)):
+                self.assertIn("is finished", self.unlearn("run", "--resume", *more))
+                self.assertEqual(attack.call_count, count)
+        self.assertEqual(self.files(), before)
 
     def test_a_stopped_run_says_in_a_line_how_to_go_on(self):
         import signal
-        command = [sys.executable, ROOT / "unlearn.py", *self.flags, "--steps", 10**6, "--save_every", 2, "--out",
-                   self.tmp / "run"]
-        run = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        while not list(self.tmp.glob("run.state/*/note.json")):
-            time.sleep(0.1)
+        command = ["unlearn.py", *self.flags, "--steps", 10**6, "--save_every", 2, "--out", self.out]
+        run = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+        while not list(self.tmp.glob("run.state/[4-9]*/note.json")):
+            time.sleep(0.01)
             self.assertIsNone(run.poll())
         run.send_signal(signal.SIGTERM)
         _, err = run.communicate(timeout=60)
-        self.assertEqual((run.returncode, err.strip().splitlines()[-1]),
-                         (130, "stopped: go on with the same command and --resume"))
+        self.assertEqual(err, "stopped: go on with the same command and --resume\n")
+        self.assertEqual(run.returncode, 130)
+        wrapped = states.CheckpointException("", {0: (KeyboardInterrupt(), None)})
+        with mock.patch.object(states.checkpoint, "save", side_effect=wrapped):      # stopped in a save
+            self.assertRaises(KeyboardInterrupt, states.save, self.tmp / "state", 1, {}, {})
 
 
 # ---- numbers that would be silently wrong -------------------------------------------------------------
-
-class Silent(Folder):
-    def eos_tokenizer(self):
-        """words(), but with EOS behind every text."""
-        from tokenizers import processors
-        tok = words()
-        ends = [("<bos>", tok.bos_token_id), ("<eos>", tok.eos_token_id)]
-        tok.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>",
-                                                                             special_tokens=ends)
-        return tok
-
+class Silent(World):
     def test_an_encoder_is_refused(self):
         """A model that sees the token it is to predict: its log-probabilities mean nothing."""
         from transformers import BertConfig, BertLMHeadModel
@@ -3489,87 +3310,75 @@ class Silent(Folder):
                  "initializer_range": 0.3}
         for decoder, says in ((True, None), (False, "no causal language model")):
             model = BertLMHeadModel(BertConfig(**sizes, is_decoder=decoder))
-            flags = write_world(self.tmp / f"{decoder}", model)
-            self.run_script("unlearn.py", *flags, "--out", self.tmp / f"{decoder}-run", says=says)
+            write_model(self.model, model)
+            self.unlearn("run", "--overwrite", says=says)
 
     def test_a_tokenizer_that_appends_eos_shifts_no_border(self):
+        from tokenizers import processors
         model = little_llama()
-        plain = words()
-        eos = self.eos_tokenizer()
+        ends = [("<bos>", words().bos_token_id), ("<eos>", words().eos_token_id)]
+        behind = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=ends)
+        eos = words()
+        eos.backend_tokenizer.post_processor = behind
         self.assertEqual(eos("the cat").input_ids[-1], eos.eos_token_id)
         asked = evaluate.ask(QUESTIONS, PROMPT)
-        torch.testing.assert_close(evaluate.choice_logps(model, eos, asked),
-                                   evaluate.choice_logps(model, plain, asked))
-        pair = [("Question: who sat?", " Answer: the cat", "here")]
-        self.assertEqual(models.encode(eos, pair, 64), models.encode(plain, pair, 64))
-        prompts = [("one two", ""), ("the cat sat on", "")]
-        self.assertEqual(models.generate(model, eos, prompts, 5), models.generate(model, plain, prompts, 5))
         question = asked[0]["context"]
-        tokens = [sam.kernel_file("gcg").Tokens(tok, 40, question, "cpu") for tok in (eos, plain)]
-        self.assertEqual(tokens[0].head + tokens[0].after_word(question),
-                         tokens[1].head + tokens[1].after_word(question))
-        self.assertTrue(tokens[0].survives([5, 6, 7]))
+        found = []
+        for tok in (eos, words()):
+            tokens = sam.kernel_file("gcg").Tokens(tok, 40, question, "cpu")
+            self.assertTrue(tokens.survives([5, 6, 7]))
+            found.append([evaluate.choice_logps(model, tok, asked).tolist(),
+                          models.encode(tok, [("Question: who sat?", " Answer: the cat", "here")], 64),
+                          models.generate(model, tok, [("one two", ""), ("the cat sat on", "")], 5),
+                          tokens.head + tokens.after_word(question)])
+        self.assertEqual(*found)
 
     def test_scores_are_cached_until_questions_corpora_or_weights_change(self):
-        world = self.tmp / "world"
-        flags = write_world(world, little_llama(torch.float32))
         run = self.tmp / "run"
-        self.run_script("unlearn.py", *flags, "--out", run)
+        self.unlearn("run")
+        self.run_script("evaluate.py", run)
 
         def rescored():
-            before = (run / "evaluate.json").stat().st_mtime_ns if (run / "evaluate.json").exists() else 0
+            before = (run / "evaluate.json").stat().st_mtime_ns
             _, _, err = run_here("evaluate.py", run)
-            after = (run / "evaluate.json").stat().st_mtime_ns
-            self.assertEqual("cached" in err, before == after)
-            return before != after
-        self.assertTrue(rescored())
+            changed = (run / "evaluate.json").stat().st_mtime_ns != before
+            self.assertNotEqual("cached" in err, changed)
+            return changed
         self.assertFalse(rescored())
         for name in ("mcq_retain.jsonl", "forget.jsonl"):
-            path = world / name
+            path = self.world / name
             path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
             self.assertTrue(rescored(), name)
             self.assertFalse(rescored(), name)
         write_model(run, little_llama(torch.float32, seed=1))
         self.assertTrue(rescored())
 
-    def test_resume_refuses_another_corpus_or_model(self):
-        world = self.tmp / "world"
-        flags = [*write_world(world, little_llama(torch.float32)), "--out", self.tmp / "run", "--save_every", 2]
-        self.assertEqual(Runs.broken_off(self, 4, *flags), 130)
-        kept = (world / "forget.jsonl").read_text()
-        write_rows(world / "forget.jsonl", [{"text": text} for text in TEXTS])
-        self.run_script("unlearn.py", *flags, "--resume", says="another data")
-        (world / "forget.jsonl").write_text(kept)
-        write_model(world / "model", little_llama(torch.float32, seed=1))
-        self.run_script("unlearn.py", *flags, "--resume", says="another model")
-
     def test_the_prefix_attack_embeds_as_the_model_does(self):
         from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GemmaConfig, GemmaForCausalLM
-        small = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, head_dim=8,
-                     num_key_value_heads=1, intermediate_size=24, max_position_embeddings=64)
-        gcg = sam.kernel_file("gcg")
+        small = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                     head_dim=8, num_key_value_heads=1, intermediate_size=24, max_position_embeddings=64)
         task = {"head": [1], "at": torch.tensor([0]), "ids": torch.tensor([[7, 8, 9]]), "layer": 1}
-        prefix = torch.tensor([[4, 5]])
-        for model in (GemmaForCausalLM(GemmaConfig(**small)), Gemma3ForCausalLM(Gemma3TextConfig(**small)),
-                      little_llama(torch.float32, vocab_size=40)):
+        prefix = F.one_hot(torch.tensor([[4, 5]]), 40).float()
+        gemma = GemmaForCausalLM(GemmaConfig(**small))
+        gemma3 = Gemma3ForCausalLM(Gemma3TextConfig(**small))
+        for model in (gemma, gemma3, little_llama(torch.float32, vocab_size=40)):
             with torch.no_grad():
-                got = gcg.run_prefix(model.eval(), F.one_hot(prefix, 40).float(), task)[0][0, 0]
+                got = sam.kernel_file("gcg").run_prefix(model.eval(), prefix, task)[0][0, 0]
                 want = model(torch.tensor([[1, 4, 5, 7, 8, 9]])).logits[0]
             torch.testing.assert_close(got, want)
 
     def test_rs_warns_where_bf16_swallows_its_noise(self):
-        flags = write_world(self.tmp / "world", little_llama(torch.float32))
         for dtype, warned in (("bfloat16", True), ("float32", False)):
-            more = ("--smooth", "rs", "--rs_sigma", 1e-4, "--param_dtype", dtype, "--out", self.tmp / dtype)
-            _, _, err = run_here("unlearn.py", *flags, *more)
+            more = ["--smooth", "rs", "--rs_sigma", 1e-4, "--out", self.tmp / dtype]
+            _, _, err = run_here("unlearn.py", *self.flags, *more, "--param_dtype", dtype)
             self.assertEqual("precision: " in err, warned, err)
 
     def test_a_run_reads_the_same_in_transformers_4(self):
         """What 4.57 looks for in the files; it was tried in an environment of its own."""
         rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
                 "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-        flags = write_world(self.tmp / "world", little_llama(torch.float32, rope_parameters=rope))
-        self.run_script("unlearn.py", *flags, "--steps", 1, "--out", self.tmp / "run")
+        write_model(self.model, little_llama(torch.float32, rope_parameters=rope))
+        self.unlearn("run", "--steps", 1)
         config = read_json(self.tmp / "run" / "config.json")
         self.assertEqual((config["rope_theta"], config["rope_scaling"]["rope_type"]), (5e5, "llama3"))
         tokenizer = read_json(self.tmp / "run" / "tokenizer_config.json")
@@ -3579,55 +3388,50 @@ class Silent(Folder):
 
 
 # ---- files that are not what they should be -----------------------------------------------------------
-
-class Foreign(Folder):
-    def setUp(self):
-        super().setUp()
-        self.world = self.tmp / "world"
-        self.flags = [*write_world(self.world, little_llama(torch.float32)), "--out", self.tmp / "run"]
-        self.model = self.world / "model"
-
+class Foreign(World):
     def refused(self, says, *more):
-        self.run_script("unlearn.py", *self.flags, *more, says=says)
+        self.unlearn("run", *more, says=says)
         self.assertFalse((self.tmp / "run").exists())
 
+    def with_changes(self, path, changes):
+        """Put each of some contents into a file, one after the other: bytes, or a change to its JSON."""
+        kept = path.read_bytes()
+        for content, *more in changes:
+            if isinstance(content, dict):
+                content = json.dumps(json.loads(kept) | content)
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+            yield *more, content[:60]
+            path.write_bytes(kept)
+
     def test_models_that_are_broken_foreign_or_not_whole(self):
-        from safetensors.torch import load_file, save_file
+        from safetensors.torch import load_file, save
         path = self.model / "model.safetensors"
-        weights = {name: t.clone() for name, t in load_file(path).items()}      # not mapped from the file
-        data = path.read_bytes()
-        for content in (b"", data[:len(data) // 2], b"{}", b"\x08\x00\x00\x00\x00\x00\x00\x00notjson!"):
-            path.write_bytes(content)
-            self.refused("does not load")
-        save_file({k: v for k, v in weights.items() if "layers.1.mlp" not in k}, path, {"format": "pt"})
-        self.refused("lacks 3 of its weights")
-        save_file({k: v[:1] if v.dim() > 1 else v for k, v in weights.items()}, path, {"format": "pt"})
-        self.refused("by its config.json")
-        save_file({k: v * math.nan for k, v in weights.items()}, path, {"format": "pt"})
-        self.refused("NaN")
-        self.run_script("evaluate.py", self.model, "--data", self.world, says="NaN")
-        for name, change in (("config.json", {"dtype": 7}),
-                             ("tokenizer_config.json", {"model_max_length": "x"})):
-            kept = (self.model / name).read_text()
-            (self.model / name).write_text(json.dumps(json.loads(kept) | change))
-            self.run_script("unlearn.py", *self.flags, says="error: ")
-            (self.model / name).write_text(kept)
+        weights = {name: t.clone() for name, t in load_file(path).items()}  # not mapped from the file
+        half = path.read_bytes()[:path.stat().st_size // 2]
+        most = {name: w for name, w in weights.items() if "layers.1.mlp" not in name}
+        cut = {name: w[:1] if w.dim() > 1 else w for name, w in weights.items()}
+        nans = {name: w * math.nan for name, w in weights.items()}
+        header = b"\x08" + bytes(7) + b"notjson!"
+        changes = [(some, "does not load") for some in (b"", half, b"{}", header)]
+        for some, says in ((most, "lacks 3 of its weights"), (cut, "by its config.json"), (nans, "NaN")):
+            changes.append((save(some, {"format": "pt"}), says))
+        for says, _ in self.with_changes(path, changes):
+            self.refused(says)
+            self.run_script("evaluate.py", self.model, "--data", self.world, says=says)
         path.unlink()
         torch.save(weights, self.model / "pytorch_model.bin")                    # a pickle
         self.refused("does not load")
-        (self.model / "config.json").unlink()
-        (self.model / "adapter_config.json").write_text("{}")
+        (self.model / "config.json").rename(self.model / "adapter_config.json")
         self.refused("adapter_config.json:1")
 
     def test_code_in_a_model_folder_does_not_run(self):
-        config = read_json(self.model / "config.json")
-        ran = self.tmp / "ran"
-        (self.model / "mine.py").write_text(f"open({str(ran)!r}, 'w')\n")
-        named = {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M", "AutoTokenizer": ["mine.T", None]}
-        (self.model / "config.json").write_text(json.dumps(config | {"model_type": "mine", "auto_map": named}))
-        with mock.patch("builtins.input", return_value="y"):
-            self.refused("does not load")
-        self.assertFalse(ran.exists())
+        (self.model / "mine.py").write_text(f"open({str(self.tmp / 'ran')!r}, 'w')\n")
+        own = {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}
+        change = {"model_type": "mine", "auto_map": own | {"AutoTokenizer": ["mine.T", None]}}
+        for _ in self.with_changes(self.model / "config.json", [(change,)]):
+            with mock.patch("builtins.input", return_value="y"):
+                self.refused("does not load")
+        self.assertFalse((self.tmp / "ran").exists())
 
     def test_tokens_that_the_model_has_no_embedding_for(self):
         tok = words([*TEXTS, "a word that is new"])
@@ -3637,182 +3441,96 @@ class Foreign(Folder):
         self.refused("forget.jsonl:2")
 
     def test_json_of_runs_that_was_cut_off_or_edited(self):
-        self.run_script("unlearn.py", *self.flags)
         run = self.tmp / "run"
+        self.unlearn("run")
         self.run_script("relearn.py", run, "--samples", 2, "--draws", 1)
         self.run_script("evaluate.py", run)
-        for name, script in (("result.json", "relearn.py"), ("result.json", "evaluate.py"),
-                             ("relearn.json", "evaluate.py"), ("evaluate.json", "evaluate.py")):
-            kept = (run / name).read_text()
-            for text in (kept[:len(kept) // 2], "", "[]", "7", '{"args": 3}', '{"stage": 1, "args": {}}',
-                         '{"args": {}, "metrics": {}}', '{"args": {}, "metrics": {"budgets": [{}]}}',
-                         "[" * 100_000):
-                (run / name).write_text(text)
-                status, _, err = run_here(script, run)
-                fine = name == "evaluate.json" and status == 0       # it may be scored again
-                lines = [line for line in err.splitlines() if line.startswith("error: ")]
-                self.assertTrue(fine or (status, len(lines)) == (2, 1), f"{name} {text[:60]} {err}")
-            (run / name).write_text(kept)
-
-    def test_values_edited_by_hand_in_json_of_runs(self):
-        self.run_script("unlearn.py", *self.flags)
-        path = self.tmp / "run" / "result.json"
-        result = read_json(path)
-        for key in ("model", "data", "seed", "loss", "smooth", "sam_flip", "beta", "reduce", "max_len",
-                    "param_dtype"):
-            path.write_text(json.dumps(result | {"args": result["args"] | {key: [7]}}))
-            for script in ("evaluate.py", "relearn.py"):
-                self.run_script(script, self.tmp / "run", says="[7]")
-        path.write_text(json.dumps(result))
-        self.run_script("evaluate.py", self.tmp / "run")
-        path = self.tmp / "run" / "evaluate.json"
-        result = read_json(path)
-        for metrics in (7, {"UE": "x"}, result["metrics"] | {"sharpness": 7}):
-            path.write_text(json.dumps(result | {"metrics": metrics}))
-            run_here("evaluate.py", self.tmp / "run")    # any traceback fails the test
+        args = self.result("run")["args"]
+        keys = "model data seed loss smooth sam_flip beta reduce max_len param_dtype"
+        edited = [{"args": args | {key: [7]}} for key in keys.split()]
+        broken = ["", '{"args": {}, "curve', "[]", "7", '{"args": 3}', '{"stage": 1, "args": {}}',
+                  '{"args": {}, "metrics": {}}', '{"args": {}, "metrics": {"budgets": [{}]}}',
+                  "[" * 100_000]
+        scores = read_json(run / "evaluate.json")["metrics"]
+        other = [{"metrics": metrics} for metrics in (7, {"UE": "x"}, scores | {"sharpness": 7})]
+        for name, contents in (("result.json", broken + edited), ("relearn.json", broken),
+                               ("evaluate.json", broken + other)):
+            for (content,) in self.with_changes(run / name, [(content,) for content in contents]):
+                for script in ("evaluate.py", "relearn.py")[:1 + (name == "result.json")]:
+                    status, _, err = run_here(script, run)           # any traceback fails the test
+                    fine = name == "evaluate.json" and status == 0   # it may be scored again
+                    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+                    self.assertTrue(fine or (status, len(lines)) == (2, 1), f"{name} {content} {err}")
 
     def test_adapters_that_are_broken_or_foreign(self):
         run = self.tmp / "run"
-        self.run_script("unlearn.py", *self.flags, "--lora", 2, "--lora_save", "adapter")
-        weights, config = run / "adapter_model.safetensors", run / "adapter_config.json"
-        own = {"base_model_name_or_path": str(run)}
-        nowhere = {"base_model_name_or_path": "nowhere"}
-        for path, change, says in ((weights, "", weights.name), (weights, "{}", weights.name),
-                                   (config, "[]", config.name), (config, {"r": "2"}, config.name),
-                                   (config, {"r": 0}, "of rank 0"), (config, own, "its own folder"),
-                                   (config, nowhere, "neither a folder")):
-            kept = path.read_bytes()
-            path.write_text(change if isinstance(change, str) else json.dumps(json.loads(kept) | change))
-            self.run_script("evaluate.py", run, says=says)
-            path.write_bytes(kept)
+        self.unlearn("run", "--lora", 2, "--lora_save", "adapter")
+        configs = [("[]",), ({"r": "2"},), ({"r": 0}, "of rank 0"),
+                   ({"base_model_name_or_path": str(run)}, "its own folder"),
+                   ({"base_model_name_or_path": "nowhere"}, "neither a folder")]
+        for name, changes in (("adapter_model.safetensors", [("",), ("{}",)]),
+                              ("adapter_config.json", configs)):
+            for *says, _ in self.with_changes(run / name, changes):
+                self.run_script("evaluate.py", run, says=says[0] if says else name)
 
+    @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not installed")
     def test_pictures_of_what_is_no_table_are_refused_before_any_is_written(self):
-        if not importlib.util.find_spec("matplotlib"):
-            self.skipTest("matplotlib is not installed")
         path = self.tmp / "table.json"
-        for value in (7, [], {}, {"methods": 7}, {"methods": {"a": 7}},
-                      {"methods": {"a": {"cells": [7]}}}):
-            path.write_text(json.dumps(value))
+        for text in ("7", "[]", "{}", '{"methods": 7}', '{"methods": {"a": 7}}',
+                     '{"methods": {"a": {"cells": [7]}}}'):
+            path.write_text(text)
             self.run_script("assets/plot.py", path, "--out", self.tmp / "pictures", says="table.json")
         self.assertFalse((self.tmp / "pictures").exists())
 
     def test_states_that_are_broken_or_foreign(self):
-        self.assertEqual(Runs.broken_off(self, 4, *self.flags, "--save_every", 2), 130)
+        self.break_off("run", 4, "--save_every", 2)
         part = next((self.tmp / "run.state").iterdir())
-        note = json.loads((part / "note.json").read_text())
-        for key in ("args", "curve", "inputs", "attacks", "draws", "averaged"):
-            (part / "note.json").write_text(json.dumps(note | {key: "x"}))
-            self.refused("run.state", "--resume")
-        (part / "note.json").write_text(json.dumps(note))
         weights = next(part.glob("*.safetensors"))
-        kept = weights.read_bytes()
-        for path, content in ((weights, b""), (weights, kept[:-500]), (part / "note.json", b"{}"),
-                              (part / "note.json", b'{"args": {}, "curve'), (weights, b"x" * 100)):
-            before = path.read_bytes()
-            path.write_bytes(content)
-            self.refused("run.state", "--resume")
-            path.write_bytes(before)
-        self.run_script("unlearn.py", *self.flags, "--resume")
-
-    def test_a_byte_order_mark_is_no_text(self):
-        path = self.tmp / "x.jsonl"
-        path.write_bytes(b"\xef\xbb\xbf" + b'{"text": "a"}\n')
-        self.assertEqual(formats.read_jsonl(path, formats.text_row)[0]["text"], "a")
+        notes = [({key: "x"},) for key in ("args", "curve", "inputs", "attacks", "draws", "averaged")]
+        for path, changes in ((part / "note.json", [*notes, ("{}",), ('{"args": {}, "curve',)]),
+                              (weights, [("",), (weights.read_bytes()[:-500],), (100 * "x",)])):
+            for _ in self.with_changes(path, changes):
+                self.refused("run.state", "--resume")
+        self.unlearn("run", "--resume")
 
 
 # ---- the scripts, as a user runs them (slow: trains the built-in target once) -------------------------
-
-class Scripts(unittest.TestCase):
-    @classmethod
-    def setUpClass(cls):
-        cls.tmp = Path(tempfile.mkdtemp())
-        cls.data = runs.world(runs.TINY, 0).resolve()
-        cls.builtin = read_json(cls.data / "target" / "result.json")
-
-    @classmethod
-    def tearDownClass(cls):
-        shutil.rmtree(cls.tmp)
-
-    run_script = Folder.run_script
-
-    def process(self, name, *flags, code=0):
-        """Run a script in a process of its own; returns (stdout, stderr)."""
-        run = subprocess.run([sys.executable, str(ROOT / name), *map(str, flags)], capture_output=True,
-                             text=True, cwd=self.tmp)
-        self.assertEqual(run.returncode, code, run.stderr)
-        return run.stdout, run.stderr
+class Scripts(Folder):
+    def setUp(self):
+        super().setUp()
+        self.data = runs.world(runs.TINY, 0).resolve()
 
     def unlearned(self, name, *flags):
         """result.json of a run in this process, and its folder."""
         self.run_script("unlearn.py", "--out", self.tmp / name, *flags)
         return read_json(self.tmp / name / "result.json"), self.tmp / name
 
-    def test_the_target_knows_everything_before(self):
-        self.assertGreater(self.builtin["metrics"]["open_forget"], 0.95)
-        self.assertGreater(self.builtin["metrics"]["open_retain"], 0.95)
-
     def test_a_whole_run_is_deterministic_and_complete(self):
-        for name in ("same1", "same2"):
-            self.process("unlearn.py", "--out", name, "--steps", 6, "--smooth", "sam+wa", "--wa_start", 3)
+        for name, *more in (("same1",), ("same2", "--no-relearn")):
+            flags = ["--out", self.tmp / name, "--steps=6", "--smooth=sam+wa", "--wa_start=3", *more]
+            run = subprocess.run([sys.executable, ROOT / "unlearn.py", *flags], capture_output=True)
+            self.assertEqual(run.returncode, 0, run.stderr)
+        World.same_weights(self, "same1", "same2")
         one = self.tmp / "same1"
-        weights = [(run / "model.safetensors").read_bytes() for run in (one, self.tmp / "same2")]
-        self.assertTrue(weights[0] == weights[1])
         r = read_json(one / "result.json")
         self.assertEqual((r["stage"], len(r["curve"]), r["args"]["smooth"]), ("unlearn", 6, "sam+wa"))
-        told = {"forget", "retain", "grad_norm", "norm", "asked_norm", "applied_norm", "cosine", "lr", "seconds"}
-        self.assertTrue(told <= r["curve"][0].keys())
+        told = "forget retain grad_norm norm asked_norm applied_norm cosine lr seconds"
+        self.assertLessEqual(set(told.split()), r["curve"][0].keys())
         # relearn.py alone on the saved folder finds data and seed, and says what the run itself said
         first = read_json(one / "relearn.json")
-        out, _ = self.process("relearn.py", "same1")
-        again = read_json(one / "relearn.json")
-        self.assertEqual(first["metrics"], again["metrics"])
-        self.assertEqual([b["samples"] for b in again["metrics"]["budgets"]], [20, 40, 60])
-        self.assertIn("60 samples", out)
-        out, _ = self.process("evaluate.py", "same1", self.data / "target", "--data", self.data,
-                              "--json", "table.json")
-        self.assertIn("npo+sam+wa", out)
+        self.assertIn("60 samples", self.run_script("relearn.py", one))
+        self.assertEqual(read_json(one / "relearn.json")["metrics"], first["metrics"])
+        self.assertEqual([b["samples"] for b in first["metrics"]["budgets"]], [20, 40, 60])
+        more = ["--data", self.data, "--json", self.tmp / "table.json"]
+        self.assertIn("npo+sam+wa", self.run_script("evaluate.py", one, self.data / "target", *more))
         e = read_json(one / "evaluate.json")
         self.assertEqual((e["stage"], e["metrics"]["template"]), ("evaluate", PROMPT))
         self.assertAlmostEqual(e["metrics"]["UE"], r["metrics"]["after"]["UE"])
+        self.assertTrue((self.tmp / "table.json").exists())
         target = read_json(self.data / "target" / "evaluate.json")["metrics"]
-        self.assertAlmostEqual(target["open_retain"], self.builtin["metrics"]["open_retain"], places=5)
-
-    def test_every_loss_and_smoother_runs_and_changes_the_model(self):
-        start = models.load_model(self.data / "target")[0]
-        combos = [("--loss", loss) for loss in (*losses.FORGET, "rmu")]
-        combos += [("--smooth", s) for s in ("none", "rs", "gp", "cr", "wa", "rs+wa")]
-        combos += [("--retain", "kl"), ("--sam_modules", "self_attn"), ("--param_dtype", "bfloat16"),
-                   ("--sam_flip",), ("--reduce", "sum"), ("--sam_norm", "linf", "--smooth", "sam+wa")]
-        for direction in ("momentum", "lookahead", "random"):
-            combos += [("--sam_direction", direction, "--sam_norm", norm) for norm in ("l2", "linf")]
-        for n, flags in enumerate(combos):
-            result, folder = self.unlearned(f"c{n}", "--steps", 2, "--no-relearn", "--warmup", 0, *flags)
-            after = models.load_model(folder)[0]
-            moved = [name for (name, a), b in zip(start.named_parameters(), after.parameters())
-                     if not torch.equal(a, b)]
-            self.assertTrue(moved, flags)
-            if "rmu" in flags:
-                self.assertEqual(moved, ["model.layers.0.mlp.down_proj.weight"])
-            for point in result["curve"]:
-                self.assertTrue(all(map(math.isfinite, point.values())), flags)
-            if "bfloat16" in flags:                                   # its weights can be attacked in fp32
-                self.run_script("relearn.py", folder, "--samples", 4, "--draws", 1, "--lr", 1e-5,
-                                "--param_dtype", "float32")
-                self.assertEqual(read_json(folder / "relearn.json")["args"]["param_dtype"], "float32")
-
-    def test_sam_rho_zero_is_plain_npo_bit_for_bit(self):
-        flat_weights = []
-        for name, flags in (("rho0", ("--sam_rho", 0)), ("none", ("--smooth", "none"))):
-            _, folder = self.unlearned(name, "--steps", 4, "--no-relearn", *flags)
-            flat_weights.append(flat(models.load_model(folder)[0].parameters()))
-        self.assertTrue(torch.equal(*flat_weights))
-
-    def test_accumulation_leaves_a_run_the_same_up_to_rounding(self):
-        one, _ = self.unlearned("micro32", "--steps", 3, "--no-relearn", "--micro_batch", 32)
-        other, _ = self.unlearned("micro7", "--steps", 3, "--no-relearn", "--micro_batch", 7)
-        for p, q in zip(one["curve"], other["curve"]):
-            for key in ("forget", "retain", "grad_norm", "applied_norm"):
-                self.assertAlmostEqual(p[key], q[key], delta=1e-3 * abs(p[key]))
+        self.assertGreater(min(target["open_forget"], target["open_retain"]), 0.95)  # before
+        told = read_json(self.data / "target" / "result.json")["metrics"]
+        self.assertAlmostEqual(target["open_retain"], told["open_retain"], places=5)
 
     def test_stop_ue_stops_there(self):
         result, _ = self.unlearned("stop", "--stop_ue", 0.3, "--no-relearn", "--eval_every", 4)
@@ -3822,77 +3540,6 @@ class Scripts(unittest.TestCase):
         self.assertLess(len(result["curve"]), 160)
         self.assertAlmostEqual(values[-1], result["metrics"]["after"]["UE"])
 
-    @unittest.skipUnless(triton, "triton is not installed here")
-    def test_triton_and_torch_take_the_same_run_and_say_which_one_ran(self):
-        data = self.tmp / "few"
-        write_rows(data / "forget.jsonl", TEXTS[:2])
-        write_rows(data / "retain.jsonl", TEXTS[2:])
-        model = write_model(self.tmp / "little", little_llama(torch.float32))
-        base = ("--data", data, "--model", model, "--batch_size", 2, "--no-relearn", "--lr", 1e-3,
-                "--warmup", 0)
-        start = flat(models.load_model(model)[0].parameters())
-        for name, *flags in (("fp32", "--steps", 2, "--smooth", "sam+wa", "--wa_start", 0, "--wa_every", 1),
-                             ("bf16", "--steps", 1, "--param_dtype", "bfloat16", "--stochastic_rounding")):
-            moved = []
-            for path, says in (("--triton", "Triton kernels: by the interpreter"), ("--no-triton", "torch")):
-                folder = self.tmp / f"{name}{path}"
-                out = self.run_script("unlearn.py", *base, *flags, path, "--out", folder)
-                self.assertIn(f"the weights are moved by {says}", out)
-                self.assertEqual(read_json(folder / "result.json")["args"]["triton"], path == "--triton")
-                moved.append(flat(models.load_model(folder)[0].parameters()).float() - start)
-            self.assertGreater(moved[0].abs().max(), 5e-4)
-            if name == "fp32":
-                torch.testing.assert_close(*moved, rtol=0, atol=1e-6)
-            else:                             # the interpreter cuts bf16 off, so gradients differ a little
-                self.assertLess((moved[0] != moved[1]).float().mean(), 0.05)
-        with mock.patch.object(mt, "INTERPRETED", False):
-            self.run_script("unlearn.py", *base, "--triton", "--out", self.tmp / "no", says="the kernels take GPU tensors")
-
-    def test_a_folder_of_ones_own_works_without_any_questions(self):
-        data = self.tmp / "mine"
-        write_rows(data / "forget.jsonl", ["The sailor plays the violin.",
-                                           {"prompt": "The cook keeps a", "completion": " goat."}])
-        write_rows(data / "retain.jsonl", [{"text": "The cook likes to eat curry."}])
-        result, folder = self.unlearned("own", "--data", data, "--model", self.data / "target", "--steps", 3,
-                                        "--batch_size", 2, "--no-relearn")
-        self.assertEqual(result["metrics"]["after"], {"UE": None, "UT": None})
-        self.assertLess(result["curve"][-1]["forget"], result["curve"][0]["forget"])
-        out, _ = self.process("relearn.py", folder, "--samples", 1, 2)
-        self.assertIn("2 samples", out)
-        self.assertIn("ppl_forget", self.run_script("evaluate.py", folder))
-
-    def test_every_attack_is_one_command_and_ends_up_in_one_table(self):
-        _, folder = self.unlearned("attacked", "--steps", 3, "--no-relearn", "--sam_rho", 0)
-        few = ("--samples", 4, "--seeds", 1)
-        for flags, file in ((("--curve_every", 1), "relearn"), (("--attack_data", "retain"), "relearn_retain"),
-                            (("--mix", 0.5), "relearn_mix50"), (("--ablate", 0, 2), "relearn_ablate"),
-                            (("--lora", 2, "--lr", 0.001, 0.01), "relearn_lora2"),
-                            (("--optimizer", "sgd", "--lr", 0.1, "--geometry"), "relearn_sgd"),
-                            (("--quantize", 8, "--prune", 50), "relearn_compress"),
-                            (("--attack_data", self.data / "retain.jsonl", "--lora", 1),
-                             "relearn_retain_lora1")):
-            self.run_script("relearn.py", folder, *few, *flags)
-            self.assertTrue((folder / f"{file}.json").is_file(), flags)
-        flags = (folder, "--attack", "prefix", "--attack_calls", 40, "--attack_length", 6, 8, "--sharpness",
-                 "own", "--sharpness_rows", 8, "--sharpness_steps", 3, "--sharpness_probes", 2,
-                 "--landscape", 3)
-        self.run_script("evaluate.py", folder, "--attack", "context", "--shots", 2, "--probe", 1, 2)
-        out = self.run_script("evaluate.py", *flags)
-        metrics = read_json(folder / "evaluate.json")["metrics"]
-        search = read_json(folder / "attack_gcg+.json")
-        self.assertEqual(metrics["attack"]["gcg+"], search["metrics"])
-        self.assertEqual(search["args"]["teacher"], runs.load_result(folder)["args"]["model"])
-        self.assertEqual(np.shape(metrics["landscape"]["own"]["rise"]), (3, 3))
-        self.assertIn(f"{metrics['sharpness']['own']['rise']:.3f}", out)
-        for title in ("relearning", "lora2", "retain", "compress", "prefix", "context", "mix50",
-                      "ablate"):
-            self.assertIn(f"\nUE after {title}\n", out)
-        self.assertIn("accuracy of a probe", out)
-        stamp = (folder / "evaluate.json").stat().st_mtime_ns
-        again = self.run_script("evaluate.py", *flags)
-        self.assertEqual((again, (folder / "evaluate.json").stat().st_mtime_ns), (out, stamp))   # kept
-        self.run_script("evaluate.py", folder, "--attack", "prefix", says="--overwrite")
-
     def test_answers_stand_side_by_side(self):
         _, folder = self.unlearned("shown", "--steps", 2, "--no-relearn")
         lines = self.run_script("evaluate.py", folder, "--show", 4).splitlines()
@@ -3901,83 +3548,78 @@ class Scripts(unittest.TestCase):
         asked = evaluate.load_questions(self.data)["mcq_forget"][0]
         right = asked["choices"][asked["answer"]]
         self.assertTrue(lines[1].startswith(asked["question"]))
-        self.assertIn(f"{right} / {right}", lines[1])                            # the model before knows it
+        self.assertIn(f"{right} / {right}", lines[1])  # the model before knows it
 
     def test_sam_resists_relearning_better_than_npo_and_the_flipped_sign_does_not(self):
-        """The paper's claim on a fixed configuration; with the perturbation's sign wrong it would fail."""
-        found = {}
+        """The paper's claim on a fixed configuration."""
+        ue = {}
         for name, flags in (("npo", ["--sam_rho", 0]), ("sam", ["--sam_rho", 0.1]), ("momentum", []),
                             ("flip", ["--sam_rho", 0.1, "--sam_flip"])):
-            _, folder = self.unlearned(f"claim-{name}", "--no-relearn", *flags)
+            result, folder = self.unlearned(f"claim-{name}", "--no-relearn", *flags)
             self.run_script("relearn.py", folder, "--samples", 60, "--draws", 4)
-            found[name] = read_json(folder / "relearn.json")["metrics"]
-            self.assertGreater(found[name]["start"]["UT"], 0.97)
-            self.assertGreater(found[name]["start"]["UE"], 0.6)
-        ue = {name: metrics["budgets"][0]["UE"] for name, metrics in found.items()}
+            found = read_json(folder / "relearn.json")["metrics"]
+            self.assertGreater(found["start"]["UT"], 0.97)
+            self.assertGreater(found["start"]["UE"], 0.6)
+            ue[name] = found["budgets"][0]["UE"]
+            if name == "momentum":
+                ran = [result["args"][flag] for flag in ("sam_direction", "sam_norm", "sam_rho")]
+                self.assertEqual(ran, ["momentum", "linf", 1e-3])
         self.assertGreater(ue["sam"], ue["npo"] + 0.15, ue)
-        self.assertLess(ue["flip"], ue["npo"] + 0.15, ue)          # so the line above needs the right sign
+        self.assertLess(ue["flip"], ue["npo"] + 0.15, ue)  # so the line above needs the right sign
         self.assertGreater(ue["momentum"], ue["npo"] + 0.15, ue)
-        ran = read_json(self.tmp / "claim-momentum" / "result.json")["args"]
-        self.assertEqual((ran["sam_direction"], ran["sam_norm"], ran["sam_rho"]), ("momentum", "linf", 1e-3))
 
 
 # ---- bad input: one line, exit status 2, nothing written ----------------------------------------------
+class BadInput(World):
+    """Each row of a table: flags of a script, and a part of the line that it must say."""
 
-class BadInput(Folder):
-    """Each row of a table: flags of a script on a small world, and a part of the line that it must say."""
-
-    def setUp(self):
-        super().setUp()
-        self.world = self.tmp / "world"
-        self.flags = write_world(self.world, little_llama(torch.float32))
-        self.plain = self.world / "model"
-
-    def refused(self, script, table, *always):
+    def refused(self, script, always, table):
         before = sorted(self.tmp.rglob("*"))
         for flags, says in table:
+            flags = flags.split() if isinstance(flags, str) else flags
             with self.subTest(f"{script} {' '.join(map(str, flags))}"):
                 self.run_script(script, *always, *flags, says=says)
                 self.assertEqual(sorted(self.tmp.rglob("*")), before)
 
     def test_flags_of_unlearn(self):
-        self.refused("unlearn.py", (
+        self.refused("unlearn.py", ["--out", self.tmp / "never", "--no-relearn"], (
             (("--data", self.tmp / "no"), "no such folder"), (("--data", self.world), "--model"),
-            (("--model", "nowhere"), "nowhere"), (("--sam_rho", -0.1), "-0.1"), (("--loss", "nop"), "nop"),
-            (("--smooth", "sam+rs"), "no meaning"), (("--frog", 1), "frog"), (("--steps", 0), "0"),
-            (("--batch_size", 2**21), "at most"), (("--device", "meta"), "meta"),
-            (("--device", "cpu\n"), "cpu"),
-            (("--idk_text", "\udcff"), "not UTF-8"), (("--lora_save", "adapter"), "--lora RANK"),
-            (("--out", ""), "--out . is"), (("--out", "x" * 250), "200 bytes"),
-            (("--steps", 3, "--keep", "best"), "--eval_every 5"),
-            (("--steps", 3, "--stop_ue", 0.5), "lower it"),
-            (("--device", "cuda:77"), "cuda:77"), (("--sam_modules", "xyz"), "xyz"),
-            (("--sam_direction", "momentum", "--smooth", "gp"), "sam_direction"),
-            (("--lookahead_steps", 2), "--sam_direction lookahead"), (("--beta", 0), "beta"),
-            (("--sam_modules", "("), "regular expression"), (("--stochastic_rounding",), "bfloat16"),
-            (("--loss", "simnpo", "--reduce", "sum"), "simnpo"), (("--warmup", 5), "at most 1"),
-            (("--stop_ue", 7), "at most 1"), (("--seed", 2**64), "at most"), (("--wa_start", -7), "-7"),
-            (("--loss", "rmu", "--rmu_layer", 1), "rmu_layer"), (("--loss", "ga", "--retain", "kl"), "graddiff"),
-            (("--smooth", "wa", "--wa_start", 500), "500"), (("--loss", "none"), "--undo_steps"),
-            (("--undo_alpha", 0.3), "--undo_steps"), (("--undo_steps", 3), "--undo_alpha"),
-            (("--undo_alpha", 0.3, "--undo_steps", 3, "--lora", 2), "--loss none"),
-            (("--latent", "direction", "--save_every", 6), "multiple of 4"),
-            (("--ilu_lambda", 1), "give both"), (("--latent_layer", 1), "--latent_eps"),
-            (("--ilu_lambda", 1, "--ilu_data", "no.jsonl"), "no.jsonl"),
-            (("--ilu_lambda", 1, "--ilu_data", "x", "--lora", 2), "--lora"),
-            (("--merge_ties", 0.2), "--merge"), (("--merge", self.tmp / "no"), "neither a folder"),
-            (("--merge", self.plain, "--lora", 2), "takes no step"),
-            (("--merge", self.plain, "--out", self.plain), "reads"),
-            (("--zo_every", 3), "adamw"), (("--optimizer", "zo", "--zo_every", 3), "zo_every"),
-            (("--optimizer", "sign", "--state_dtype", "float32"), "AdamW"),
-            (("--optimizer", "zo", "--param_dtype", "bfloat16"), "float32"),
-            (("--latent_eps", 1, "--loss", "dpo"), "dpo"),
-            (("--latent_eps", 1, "--latent_layer", 2), "choose 0 to 1")),
-            "--out", self.tmp / "never", "--no-relearn")
-        self.refused("unlearn.py", (
-            (("--lr", 1e5), "not finite"), (("--lr", 1e38), "at most"),
-            (("--loss", "rmu", "--lora", 2, "--rmu_layer", 77), "first 2 of 3"),
+            ("--model nowhere", "nowhere"), ("--sam_rho -0.1", "-0.1"), ("--loss nop", "nop"),
+            ("--smooth sam+rs", "no meaning"), ("--frog 1", "frog"), ("--steps 0", "0"),
+            (("--batch_size", 2**21), "at most"), ("--device meta", "meta"),
+            (("--device", "cpu\n"), "cpu"), (("--out", ""), "--out . is"),
+            (("--out", "x" * 250), "200 bytes"), (("--idk_text", "\udcff"), "not UTF-8"),
+            ("--lora_save adapter", "--lora RANK"), ("--steps 3 --keep best", "--eval_every 5"),
+            ("--device cuda:77", "cuda:77"), ("--steps 3 --stop_ue 0.5", "lower it"),
+            ("--sam_modules xyz", "xyz"), ("--sam_direction momentum --smooth gp", "sam_direction"),
+            ("--lookahead_steps 2", "--sam_direction lookahead"), ("--beta 0", "beta"),
+            ("--sam_modules (", "regular expression"), ("--stochastic_rounding", "bfloat16"),
+            ("--loss simnpo --reduce sum", "simnpo"), ("--warmup 5", "at most 1"),
+            ("--stop_ue 7", "at most 1"), (("--seed", 2**64), "at most"), ("--wa_start -7", "-7"),
+            ("--loss rmu --rmu_layer 1", "rmu_layer"), ("--loss ga --retain kl", "graddiff"),
+            ("--smooth wa --wa_start 500", "500"), ("--loss none", "--undo_steps"),
+            ("--undo_alpha 0.3", "--undo_steps"), ("--undo_steps 3", "--undo_alpha"),
+            ("--undo_alpha 0.3 --undo_steps 3 --lora 2", "--loss none"),
+            ("--latent direction --save_every 6", "multiple of 4"), ("--ilu_lambda 1", "give both"),
+            ("--latent_layer 1", "--latent_eps"), ("--ilu_lambda 1 --ilu_data no.jsonl", "no.jsonl"),
+            ("--ilu_lambda 1 --ilu_data x --lora 2", "--lora"), ("--merge_ties 0.2", "--merge"),
+            (("--merge", self.tmp / "no"), "neither a folder"),
+            (("--merge", self.model, "--lora", 2), "takes no step"),
+            (("--merge", self.model, "--out", self.model), "reads"), ("--zo_every 3", "adamw"),
+            ("--optimizer zo --zo_every 3", "zo_every"),
+            ("--optimizer sign --state_dtype float32", "AdamW"),
+            ("--optimizer zo --param_dtype bfloat16", "float32"), ("--latent_eps 1 --loss dpo", "dpo"),
+            ("--latent_eps 1 --latent_layer 2", "choose 0 to 1"), ("--lora 0", "at least 1"),
+            ("--lora 2 --train_modules mlp", "train_modules"),
+            ("--lora 2 --lora_save adapter --smooth wa", "wa"), ("--lora_alpha 2", "add --lora RANK"),
+            ("--keep best --smooth wa", "wa"),
+            ("--lora 2 --lora_perturb weights --smooth gp", "lora_perturb")))
+        self.refused("unlearn.py", [*self.flags, "--out", self.tmp / "never"], (
+            ("--lr 1e5", "not finite"), ("--lr 1e38", "at most"),
+            ("--loss rmu --lora 2 --rmu_layer 77", "first 2 of 3"),
             (("--out", self.tmp / "new" / "er" / "run", "--lr", 1e5), "not finite"),
-            (("--out", self.world), "which the run reads")), *self.flags, "--out", self.tmp / "never")
+            ("--lora 17", "choose 16 or less"), ("--lora 2 --lora_modules (", "regular expression"),
+            ("--lora 2 --lora_modules xyz", "matches no linear layer")))
 
     def test_no_flag_for_a_number_takes_anything_else(self):
         for script, run in ((unlearn, []), (relearn, ["run"]), (evaluate, ["run"])):
@@ -3985,78 +3627,82 @@ class BadInput(Folder):
             for action in parser._actions:
                 if action.type is None or action.dest == "device":
                     continue
+                times = action.nargs if action.nargs in (4, 5) else 1
                 for text in ("nan", "inf", "-1", "x", "", "1e999", "0x10", "1" + "0" * 400, "9" * 5000):
                     err = io.StringIO()
-                    given = [f"{action.option_strings[0]}={text}"] * (action.nargs if action.nargs in (4, 5) else 1)
-                    with contextlib.redirect_stderr(err), self.assertRaises(SystemExit, msg=given) as stopped:
+                    given = [f"{action.option_strings[0]}={text}"] * times
+                    with contextlib.redirect_stderr(err), self.assertRaises(SystemExit, msg=given) as e:
                         parser.parse_args([*run, *given])
-                    self.assertEqual((stopped.exception.code, err.getvalue().count("\n")), (2, 1), given)
+                    self.assertEqual((e.exception.code, err.getvalue().count("\n")), (2, 1), given)
 
     def test_rows_of_data(self):
-        kept = {name: (self.world / name).read_text()
-                for name in ("forget.jsonl", "retain.jsonl", "mcq_forget.jsonl", "meta.json")}
-        asked = kept["mcq_forget.jsonl"].split("\n")[0]
-        for name, text, flags, says in (
-                ("forget.jsonl", "[", (), "forget.jsonl:1"),
-                ("forget.jsonl", '{"txt": "a"}', (), "forget.jsonl:1"),
-                ("forget.jsonl", '"a cat"', ("--loss", "dpo"), "forget.jsonl:1"),
-                ("forget.jsonl", json.dumps("cat " * 80), (), "--max_len 64"),
-                ("retain.jsonl", "", (), "no rows"),
-                ("retain.jsonl", '{"text": "a cat", "text": "a dog"}', (), "retain.jsonl:1"),
-                ("retain.jsonl", "[" * 100_000, (), "retain.jsonl:1"),
-                ("mcq_forget.jsonl", json.dumps(dict(QUESTIONS[0], choices=["a"] * 4)), (), "differ"),
-                ("mcq_forget.jsonl", asked.replace('"answer": 1', '"answer": 4'), (), "mcq_forget.jsonl:1"),
-                ("mcq_forget.jsonl", asked.replace('"subject": "cat"', '"subject": 7'), (), "subject"),
-                ("mcq_forget.jsonl", json.dumps(dict(QUESTIONS[0], choices=["a", " a", "a ", "a"])), (),
-                 "differ"),
-                ("forget.jsonl", '{"text": "a", "fact": [1]}', (), '"fact" is [1]'),
-                ("forget.jsonl", '{"text": "half \\ud800"}', (), "whole characters"),
-                ("forget.jsonl", '{"text": "a", "fact": ' + "9" * 5000 + "}", (), "forget.jsonl:1"),
-                ("meta.json", '{"prompt": ["{question}"]}', (), "in a text"),
-                ("meta.json", '{"prompt": "{question}", "prompt": "a {question}"}', (), "twice"),
-                ("meta.json", '{"auc_retrain": "x"}', (), "from 0 to 1"),
-                ("meta.json", "{", (), "meta.json:1"), ("meta.json", '{"prompt": "x"}', (), "{question}")):
-            (self.world / name).write_text(text)
-            self.refused("unlearn.py", [(flags, says)], *self.flags, "--out", self.tmp / "never")
-            (self.world / name).write_text(kept[name])
+        def asked(*choices, **more):
+            return json.dumps(QUESTIONS[0] | {"choices": choices} | more)
+        never = [*self.flags, "--out", self.tmp / "never"]
+        for name, table in (
+                ("forget", (("[", ":1"), (json.dumps("cat " * 80), "--max_len 64"),
+                            ('{"text": "a", "fact": [1]}', '"fact" is [1]'),
+                            ('{"text": "half \\ud800"}', "whole characters"),
+                            ('{"text": "a", "fact": ' + "9" * 5000 + "}", ":1"))),
+                ("retain", (("", "no rows"), ('{"text": "a", "text": "b"}', ":1"), ("[" * 10**5, ":1"))),
+                ("mcq_forget", ((asked("a", "a", "a", "a"), "differ"),
+                                (asked("a", "b", "c", "d", subject=7), "subject"))),
+                ("meta", (('{"prompt": ["{question}"]}', "in a text"),
+                          ('{"auc_retrain": "x"}', "from 0 to 1"),
+                          ('{"prompt": "{question}", "prompt": "a {question}"}', "twice"),
+                          ("{", ".json:1"), ('{"prompt": "x"}', "{question}")))):
+            path = self.world / (f"{name}.json" if name == "meta" else f"{name}.jsonl")
+            kept = path.read_text()
+            for text, says in table:
+                path.write_text(text)
+                self.refused("unlearn.py", never, [((), says)])
+            path.write_text(kept)
+        write_rows(self.world / "forget.jsonl", ["a cat"])           # no prompt to say anything to
+        self.refused("unlearn.py", never, [("--loss dpo", ":1")])
 
     def test_flags_of_relearn_and_evaluate(self):
-        data = ("--data", self.world)
-        self.refused("relearn.py", (
-            (("nowhere",), "nowhere"), ((self.plain,), "--data FOLDER"),
-            ((self.plain, *data, "--samples", 9999), "9999"),
-            ((self.plain, *data, "--quantize", 4, "--lora", 2), "--lora"),
-            ((self.plain, *data, "--prune", 101), "101"), ((self.plain, *data, "--quantize", 64), "at most 16"),
-            ((self.plain, *data, "--geometry", "--lora", 1), "drop one"),
-            ((self.plain, *data, "--attack_data", "no.jsonl"), "no.jsonl"),
-            ((self.plain, *data, "--mix_data", "no.jsonl"), "--mix"),
-            ((self.plain, "--mix", 2), "at most 1"),
-            ((self.plain, *data, "--mix", 0.5, "--samples", 12), "6"),
-            ((self.plain, *data, "--ablate", 4), "3 layers"),
-            ((self.plain, *data, "--teacher", "x"), "--ablate")))
-        self.refused("evaluate.py", (
-            (("nowhere",), "nowhere"), ((self.plain,), "--data FOLDER"),
-            ((self.plain, "--show", 2), "--data FOLDER"),
-            ((self.plain, "--data", self.plain), "nothing to measure"),
-            ((self.plain, "--data", self.plain, "--show", 2), "no questions"),
-            ((self.plain, *data, "--json", ""), "--json"),
-            ((self.plain, *data, "--json", "/dev/null"), "--json"),
-            ((self.plain, *data, "--attack", "suffix"), "suffix")))
-        for layer, says in ((4, "3 layers"), (1, "the same answer")):
-            self.run_script("evaluate.py", self.plain, *data, "--probe", layer, says=says)
-        for shots, says in ((5, "--shots 5"), (4, "ask for fewer")):
-            self.run_script("evaluate.py", self.plain, *data, "--attack", "context", "--shots", shots,
-                            says=says)
+        some = [self.model, "--data", self.world]
+        for script in ("relearn.py", "evaluate.py"):
+            self.refused(script, [], (("nowhere", "nowhere"), ((self.model,), "--data FOLDER")))
+        self.refused("relearn.py", some, (
+            ("--samples 9999", "9999"), ("--quantize 4 --lora 2", "--lora"), ("--prune 101", "101"),
+            ("--quantize 64", "at most 16"), ("--geometry --lora 1", "drop one"),
+            ("--attack_data no.jsonl", "no.jsonl"), ("--mix_data no.jsonl", "--mix"),
+            ("--mix 2", "at most 1"), ("--mix 0.5 --samples 12", "6"), ("--ablate 4", "3 layers"),
+            ("--teacher x", "--ablate")))
+        self.refused("evaluate.py", some, (
+            (("--data", self.model), "nothing to measure"),
+            (("--data", self.model, "--show", 2), "no questions"), (("--json", ""), "--json"),
+            ("--json /dev/null", "--json"), ("--attack suffix", "suffix")))
+        for flags, says in (("--probe 4", "3 layers"), ("--probe 1", "the same answer"),
+                            ("--attack context --shots 5", "--shots 5"),
+                            ("--attack context --shots 4", "ask for fewer")):
+            self.run_script("evaluate.py", *some, *flags.split(), says=says)
 
-    def test_a_real_process_says_one_line_too(self):
-        run = subprocess.run([sys.executable, str(ROOT / "unlearn.py"), "--out", str(self.world)],
-                             capture_output=True, text=True)
-        self.assertEqual((run.returncode, len(run.stderr.strip().splitlines())), (2, 1), run.stderr)
+    def test_a_row_is_read_with_its_file_and_line_or_an_error_names_them_the_value_and_the_fix(self):
+        path = self.tmp / "x.jsonl"
+        rows = [{"text": "a", "fact": 3}, {"prompt": "p", "completion": "c"}, {"text": "x"}]
+        path.write_text("\n".join(map(json.dumps, rows[:2])) + '\n\n"x"')
+        want = [row | {"where": f"{path}:{line}"} for row, line in zip(rows, (1, 2, 4))]
+        for encoding in ("utf-8", "utf-8-sig"):                      # a byte order mark is no text
+            path.write_text(path.read_text(), encoding=encoding)
+            self.assertEqual(formats.read_jsonl(path, formats.text_row), want)
+        bad = [("\xff", formats.text_row, " is not UTF-8"), ("\n\n", formats.text_row, " has no rows")]
+        texts = {"{": "not JSON", '{"txt": "a"}': "found txt", '{"text": "  "}': "'  '",
+                 '{"text": 3}': "is 3", "[1]": "found list", '{"prompt": "a"}': "completion"}
+        bad += [(f'"fine"\n{line}', formats.text_row, f":2: .*{says}") for line, says in texts.items()]
+        mcq = '{"question": "q", "choices": ["a", "b", "c", "d"], "answer": 1}'
+        for old, new, says in (('"q"', '""', "is ''"), (', "d"', "", "exactly 4"), ('"d"', "7", "exact"),
+                               (": 1", ": 4", "is 4"), (": 1", ": true", "is True"), (mcq, "7", "int")):
+            bad.append((f"{mcq}\n{mcq.replace(old, new)}", formats.mcq_row, f":2: .*{says}"))
+        for text, check, says in bad:
+            path.write_text(text, encoding="latin-1")
+            with self.assertRaisesRegex(formats.InputError, f"{path}{says}"):
+                formats.read_jsonl(path, check)
 
 
 # ---- README.md: Fork it -------------------------------------------------------------------------------
-
-class Fork(Folder):
+class Fork(World):
     def test_the_diffs_of_the_readme_apply_to_a_copy_and_run(self):
         kept = ("*.py", "metrics.py", "data", "kernels", "muse", "tofu", "tiny", "people")
 
@@ -4073,13 +3719,20 @@ class Fork(Folder):
             run = subprocess.run(["git", "apply"], input=diff, text=True, cwd=fork,
                                  capture_output=True)
             self.assertEqual(run.returncode, 0, run.stderr)
-        flags = write_world(self.tmp / "world", little_llama(torch.float32))
-        write_rows(self.tmp / "world" / "riddles.jsonl", [{"riddle": "who sat?", "word": "cat"}])
+        write_rows(self.world / "riddles.jsonl", [{"riddle": "who sat?", "word": "cat"}])
         run = self.tmp / "run"
-        for command in (["unlearn.py", *flags, "--steps", 2, "--loss", "unlikely", "--smooth", "sign", "--out", run],
-                        ["relearn.py", run, "--shake", 0.1, 0.2], ["evaluate.py", run]):
-            done = subprocess.run([sys.executable, *map(str, command)], cwd=fork, capture_output=True, text=True)
-            self.assertEqual(done.returncode, 0, done.stderr)
+        self.flags += ["--steps", 2, "--loss", "unlikely", "--smooth", "sign", "--out", run]
+        code = """if True:
+            import json, runpy, sys
+            for command in json.loads(sys.stdin.read()):
+                sys.argv = list(map(str, command))
+                runpy.run_path(sys.argv[0], run_name="__main__")
+        """
+        shake = ["relearn.py", run, "--shake", 0.1, 0.2]
+        plan = json.dumps([["unlearn.py", *self.flags], shake, ["evaluate.py", run]], default=str)
+        done = subprocess.run([sys.executable, "-c", code], input=plan, cwd=fork, capture_output=True,
+                              text=True)
+        self.assertEqual(done.returncode, 0, done.stderr)
         self.assertIn("riddles", done.stdout)
         self.assertIn("shake0.2", done.stdout)
         result = read_json(run / "result.json")

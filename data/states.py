@@ -34,6 +34,8 @@ def save(folder, step, tensors, note):
             shutil.rmtree(part, ignore_errors=True)
             with suppress(OSError):              # unless it holds the state before
                 part.parent.rmdir()
+        if not isinstance(why(e), Exception):    # Ctrl-C, which torch wraps
+            raise why(e)
         raise InputError(f"{part} cannot be written ({why(e)}): the state before it is kept; make room, then "
                          "go on with --resume")
     if processes.rank() == 0:

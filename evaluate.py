@@ -320,7 +320,7 @@ def probe_scores(model, tokenizer, data, args):
     """{layer: accuracy} of logistic regression from the residual stream, where a forget question's
     answer is due, to the text of the right choice: is it the likeliest of the four (chance: .25)? It
     learns from half of the facts and is asked about the other half, and the other way round."""
-    depth = len(models.blocks(model))
+    depth = len(stream.text_blocks(model))
     if max(args.probe) > depth:
         raise InputError(f"--probe {max(args.probe)}: the model has {depth} layers")
     rows = formats.spaced(load_questions(data).get("mcq_forget", []), args.limit)

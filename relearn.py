@@ -84,7 +84,7 @@ def directions(model, tokenizer, questions, args):
 
 def ablate(model, layer, args):
     """Project a direction out of the residual stream, at all tokens, in front of the first block and
-    behind each: that of one layer (arXiv 2406.11717, section 2.4), or with layer 0 each layer's own, as
+    behind each, not inside: that of one layer (arXiv 2406.11717, section 2.4), or with layer 0 each layer's own, as
     ReFAT's attack does (arXiv 2409.20089). Returns the hooks that do it."""
     if layer >= len(args.directions):
         raise InputError(f"--ablate {layer}: the model has {len(args.directions) - 1} layers")
@@ -121,13 +121,13 @@ def try_edits(model, tokenizer, questions, args):
             found = evaluate.ue_ut(model, tokenizer, questions)
             metrics["budgets"].append({"samples": 0, "epochs": 0, "UE_heldout": None, name: amount, **found,
                                        "draws": [found]})
-            undo(list(saved), hooks)
+            put_back(list(saved), hooks)
     finally:
-        undo(saved, hooks)
+        put_back(saved, hooks)
     return metrics
 
 
-def undo(saved, hooks):
+def put_back(saved, hooks):
     """Put back the weights of saved = [(parameter, old weights)], and take off an edit's hooks."""
     sam.restore_(saved)
     while hooks:

@@ -1168,7 +1168,9 @@ class Losses(unittest.TestCase):
 
     def stepped(self, flags, size=9):
         """One vector of the last step's losses and of how far the weights moved in some steps of SGD."""
-        always = "--out /nowhere --device cpu --sam_rho 0.01 --rmu_layer 1 --rmu_alpha 3 --warmup 0"
+        always = "--out /nowhere --device cpu --rmu_layer 1 --rmu_alpha 3 --warmup 0"
+        if "--smooth" not in flags or "--smooth sam" in flags:
+            always += " --sam_rho 0.01"
         args = unlearn.parse_args(f"{always} {flags} --micro_batch {size}".split())
         model = little_llama()
         with mock.patch.object(unlearn, "frozen_model", return_value=little_llama(seed=1)):
@@ -1191,7 +1193,8 @@ class Losses(unittest.TestCase):
         lines = [f"--loss {loss} --smooth {smooth}" for loss, smooth in pairs]
         for line in (*lines, "--smooth none --reduce sum --retain kl", "--sam_direction random",
                      "--loss rmu --sam_direction momentum", "--sam_direction lookahead --sam_norm linf",
-                     "--optimizer zo --smooth none", "--optimizer hybrid --zo_every 1 --sam_rho .1",
+                     "--optimizer zo --zo_lr .01 --smooth none",
+                     "--optimizer hybrid --zo_lr .01 --zo_every 1 --sam_rho .1",
                      "--latent direction --smooth none", "--latent_eps .5",
                      "--loss rmu --latent_eps 1 --latent_layer 1 --smooth rs"):
             whole = self.stepped(f"{line} --steps 2 --lr .01")
@@ -1366,7 +1369,7 @@ class Latent(World):
 
     def test_what_is_switched_off_is_the_plain_run_bit_for_bit_and_a_shift_is_not(self):
         for name, *more in (("plain", "--smooth", "none"), ("rho0", "--sam_rho", 0),
-                            ("shift0", "--smooth", "none", "--latent", "adversary"),
+                            ("shift0", "--smooth", "none", "--latent", "adversary", "--latent_eps", 0),
                             ("shift", "--smooth", "none", "--latent_eps", 1)):
             self.unlearn(name, *more)
         self.same_weights("plain", "rho0", "shift0")
@@ -1443,7 +1446,7 @@ class Optimizers(unittest.TestCase):
         args = SimpleNamespace(optimizer="hybrid", zo_every=3, steps=10)
         self.assertEqual([optimizers.is_zeroth(args, i) for i in range(10)],
                          [False] + [True] * 3 + [False] * 3 + [True] * 3)
-        flags = "--out /nowhere --device cpu --smooth none --optimizer hybrid --zo_every 1 --steps 2"
+        flags = "--out /nowhere --device cpu --smooth none --optimizer hybrid --zo_every 1 --zo_lr 3e-4 --steps 2"
         run = unlearn.Unlearning(unlearn.parse_args(flags.split()), little_llama())
         micro = losses.micro_batches(text_samples(), range(5), 5, 0, "cpu", torch.zeros(5).double())
         start = flat(run.params)
@@ -2549,7 +2552,7 @@ class Relearn(unittest.TestCase):
         for layer in (0, 2):
             hooks = relearn.ablate(model, layer, args)
             states = stream.residuals(model, words(), texts)
-            relearn.undo([], hooks)
+            relearn.put_back([], hooks)
             for i in range(1, 4):
                 self.assertLess((states[:, i] @ args.directions[layer or i]).abs().max(), 1e-12)
                 self.assertGreater(states[:, i].norm(dim=1).min(), 0.1)
@@ -2848,7 +2851,7 @@ class Plan(Folder):
                                   (["--sam_direction", "momentum", "--sam_norm", "l2"], 12),
                                   (["--sam_direction", "lookahead"], 10),
                                   (["--smooth", "none", "--undo_alpha", ".3", "--undo_steps", "9"], 10),
-                                  (["--smooth", "none", "--optimizer", "sign"], 4)):
+                                  (["--smooth", "none", "--optimizer", "sign", "--param_dtype", "float32"], 6)):
             self.assertEqual(self.planned(100, 1, *flags), 100 * bytes_each, flags)
 
     def test_seven_billion_parameters_in_adapters_plan_below_22_gb(self):
@@ -3599,6 +3602,9 @@ class BadInput(World):
             ("--loss rmu --rmu_layer 1", "rmu_layer"), ("--loss ga --retain kl", "graddiff"),
             ("--smooth wa --wa_start 500", "500"), ("--loss none", "--undo_steps"),
             ("--undo_alpha 0.3", "--undo_steps"), ("--undo_steps 3", "--undo_alpha"),
+            ("--latent adversary", "--latent_eps"), ("--optimizer zo", "--zo_lr"),
+            ("--smooth rs --sam_rho .3", "sam_rho"), ("--optimizer sign --param_dtype bfloat16", "float32"),
+            ("--loss none --undo_alpha .3 --undo_steps 3 --smooth wa", "take no step"),
             ("--undo_alpha 0.3 --undo_steps 3 --lora 2", "--loss none"),
             ("--latent direction --save_every 6", "multiple of 4"), ("--ilu_lambda 1", "give both"),
             ("--latent_layer 1", "--latent_eps"), ("--ilu_lambda 1 --ilu_data no.jsonl", "no.jsonl"),

@@ -94,7 +94,7 @@ def parse_smooth(text):
     return (inside[0] if inside else "none"), "wa" in parts
 
 
-# ---- inputs, and what a step descends -----------------------------------------------------------------------------
+# ---- inputs, and what a step descends -----------------------------------------------------------------
 
 def find_inputs(args):
     """The data folder; fills in args.data and args.model, which for the built-in benchmark follow from it."""
@@ -289,7 +289,8 @@ class Unlearning:
         self.average = sam.WA(self.params, args.triton) if averaged else None
         self.optimizer = make_optimizer(args, self.params, adamw)
         self.penalty = ilu.Penalty(args, model, self.params, texts) if args.ilu_lambda else None
-        self.zeroth = torch.optim.SGD(self.params, args.lr, weight_decay=args.weight_decay)
+        if args.optimizer in ("zo", "hybrid"):
+            self.zeroth = torch.optim.SGD(self.params, args.lr, weight_decay=args.weight_decay)
         if args.optimizer == "sign":
             self.optimizer = optimizers.Sign(self.params, args.lr, weight_decay=args.weight_decay)
 
@@ -457,7 +458,8 @@ def flags():
     adapters.flags(p.add_argument_group("adapters (data/adapters.py)"))
     memory_flags(p)
     g = p.add_argument_group("measuring")
-    g.add_argument("--stop_ue", type=runs.number(float, 0, 1), default=0.0, help="stop once UE reaches this (0 = fixed steps)")
+    g.add_argument("--stop_ue", type=runs.number(float, 0, 1), default=0.0,
+                   help="stop once UE reaches this (0 = fixed steps)")
     g.add_argument("--eval_every", type=count, default=0,
                    help="steps between UE and UT on the curve (0: none; 5 with stop_ue or keep)")
     g.add_argument("--eval_limit", type=some, default=256, help="most questions of each kind asked on the way")
@@ -503,13 +505,16 @@ def smoother_flags(p):
     g.add_argument("--wa_every", type=some, default=5, help="steps between averaged weights; 7B: 5")
 
 
-def check_neighbours(args):
+def check_neighbours(args, default_of):
     """Complete or refuse the flags of other defences; --loss none leaves all to them."""
     for part in NEIGHBOURS:
         part.check(args)
     if args.loss == "none":
         if not args.undo_steps and not args.merge:
             raise InputError("--loss none: nothing is left to do; add --undo_steps or --merge")
+        for name in ("smooth", "sam_rho", "sam_norm", "sam_direction", "optimizer", "stop_ue", "keep"):
+            if getattr(args, name) != default_of(name):
+                raise InputError(f"--{name} {getattr(args, name)}: --loss none and --merge take no step; drop it")
         args.steps = 0
         args.smooth = "none"
 
@@ -539,8 +544,8 @@ def choose_sam(args, default_of):
     if base == "sam" and args.sam_rho == 0:      # a radius of 0 is no smoother: say what runs
         base = "none"
         args.smooth = "wa" if averaged else "none"
-    for name in ("sam_flip", "sam_modules", "sam_norm", "sam_direction"):
-        if getattr(args, name) != default_of(name) and base != "sam":
+    for name in ("sam_flip", "sam_modules", "sam_norm", "sam_direction", "sam_rho"):
+        if getattr(args, name) not in (0, default_of(name)) and base != "sam":
             raise InputError(f"--{name}: there is no SAM perturbation with --smooth {args.smooth}; drop one of "
                              "them")
     untouched = args.sam_rho is None and args.sam_norm is None and args.sam_direction is None
@@ -571,6 +576,10 @@ def default_out(args):
         name += f"-{args.optimizer}"
     if args.latent:
         name += f"-{args.latent}{args.latent_eps or ''}"
+    if args.ilu_lambda:
+        name += f"-ilu{args.ilu_lambda:g}"
+    if args.loss == "none" and not args.merge:
+        name = Path(args.model).name if args.model else "target"
     if args.undo_steps:
         name += f"-undo{args.undo_alpha:g}"
     return f"out/{name}{'-flip' if args.sam_flip else ''}-s{args.seed}"
@@ -582,7 +591,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.stochastic_rounding and args.param_dtype != "bfloat16":
         raise InputError(f"--stochastic_rounding: {args.param_dtype} needs none; add --param_dtype bfloat16")
-    check_neighbours(args)
+    check_neighbours(args, p.get_default)
     choose_sam(args, p.get_default)
     for name in ("sam_modules", "train_modules", "lora_modules"):
         try:

@@ -12,14 +12,14 @@ from functools import partial
 
 import torch
 
-from data import models, stream
-from sam import accumulator, draw_seed
+from data import stream
+from sam import accumulator, draw_seed, kernel_file
 
 EVERY = 4                                        # steps that a set of directions serves, as in the paper
 
 
 def last_states(model, micro, blocks):
-    """(L, D) mean over all samples of the last token's state at the input of each layer."""
+    """(N, L, D) the last token's state of all N samples at the input of each layer."""
     found = []
     for batch in micro:
         last = batch["attention_mask"].sum(1) - 1                                    # (B,)
@@ -27,14 +27,17 @@ def last_states(model, micro, blocks):
         states = [hidden[rows, last] for hidden in stream.inputs_of(model, batch, blocks)]
         found.append(torch.stack(states, 1))                                         # (B, L, D)
     states = torch.cat(found)
-    return states.to(accumulator(states.dtype)).mean(0)
+    return states.to(accumulator(states.dtype))
 
 
 def directions(model, forget, retain, blocks):
-    """(L, D) unit vectors r = mean forget state minus mean retain state at each layer's
-    input."""
-    r = last_states(model, forget, blocks) - last_states(model, retain, blocks)
-    return r / r.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    """(L, D) unit vectors r = mean forget state minus mean retain state at each layer's input; 0 where
+    only rounding tells them apart."""
+    between = kernel_file("probe").between
+    here = last_states(model, forget, blocks)
+    there = last_states(model, retain, blocks)
+    found = [between(a, b) for a, b in zip(here.unbind(1), there.unbind(1))]
+    return torch.stack(found).to(here.dtype)
 
 
 def without(hidden, r, where):
@@ -51,7 +54,7 @@ class Direction:
     def __init__(self, args, model):
         self.model = model
         self.seed = args.seed
-        blocks = models.blocks(model)
+        blocks = stream.text_blocks(model)
         self.blocks = blocks[len(blocks) // 4:]
 
     def begin(self, step, forget, retain):

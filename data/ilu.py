@@ -2,7 +2,7 @@
 penalty on l + lambda ||d/dw l(w theta; D)||^2 at w = 1, D unrelated data, as in invariant risk
 minimization (arXiv 1907.02893, IRMv1).
 
-    python unlearn.py --ilu_lambda 1 --ilu_data unrelated.jsonl
+    python unlearn.py --ilu_lambda 1 --ilu_data FILE.jsonl      # rows as in retain.jsonl, about neither
 
 w is one number, the dummy classifier of IRMv1. With s = d/dw l(w theta) = theta^T g(theta), the penalty
 s^2 has the gradient 2 s ds/dtheta, and ds/dtheta = d/dw [w g(w theta)]: two gradients, at (1 + r) theta

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from data import losses, models, runs, stream
+from data import losses, runs, stream
 from data.direction import EVERY, Direction
 from data.formats import InputError
 from sam import accumulator, draw_seed
@@ -56,7 +56,7 @@ class Adversary:
     def __init__(self, args, model):
         self.model = model
         self.args = args
-        self.block = models.blocks(model)[args.latent_layer]
+        self.block = stream.text_blocks(model)[args.latent_layer]
 
     def begin(self, step, forget, retain):
         """Before each step, counted from 0."""
@@ -110,7 +110,7 @@ def flags(g):
     g.add_argument("--latent", choices=list(LATENT),
                    help="attack hidden states while the forget loss is taken (default: adversary with "
                    "--latent_eps)")
-    g.add_argument("--latent_eps", type=runs.number(float, 0), default=0.0,
+    g.add_argument("--latent_eps", type=runs.number(float, 0),
                    help="largest shift of a sample's states by the adversary, 0 = none")
     g.add_argument("--latent_layer", type=runs.number(int, 0),
                    help="whose input it shifts, counted from 0 (default: a quarter of the depth)")
@@ -120,11 +120,14 @@ def flags(g):
 
 def check(args):
     """Complete the flags, or refuse them in one line; what does not run is None."""
+    if args.latent == "adversary" and args.latent_eps is None:
+        raise InputError("--latent adversary: say how far it may go, --latent_eps 0.5")
     if args.latent in (None, "adversary"):
         args.latent = "adversary" if args.latent_eps else None
+    fix = "drop --latent direction" if args.latent == "direction" else "add --latent_eps 0.5"
     for name in ("latent_eps", "latent_layer", "latent_steps"):
-        if getattr(args, name) and args.latent != "adversary":
-            raise InputError(f"--{name} {getattr(args, name)}: no adversary runs; add --latent_eps 0.5")
+        if getattr(args, name) not in (None, 0.0) and args.latent != "adversary":
+            raise InputError(f"--{name} {getattr(args, name)}: no adversary runs; {fix}")
     if not args.latent:
         return
     if args.loss in ("dpo", "none"):
@@ -142,12 +145,15 @@ def make(args, model):
     """The attack that args.latent names, on a model; None for none."""
     if not args.latent:
         return None
-    depth = len(models.blocks(model))
+    depth = len(stream.text_blocks(model))
     if not depth:
         raise InputError(f"--latent {args.latent}: {type(model).__name__} names no layers; drop it")
     if args.latent == "adversary" and args.latent_layer is None:
         args.latent_layer = depth // 4
     last = args.rmu_layer if args.loss == "rmu" else depth - 1
+    if args.latent == "direction" and last < depth // 4:
+        raise InputError(f"--latent direction: rmu sees no layer behind {last}, where it begins; raise "
+                         "--rmu_layer, or drop it")
     if (args.latent_layer or 0) > last:
         raise InputError(f"--latent_layer {args.latent_layer}: choose 0 to {last}, which the loss sees")
     return LATENT[args.latent](args, model)

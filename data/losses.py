@@ -204,7 +204,8 @@ def flags(g):
     g.add_argument("--reduce", choices=["mean", "sum"], default="mean",
                    help="a sample's log-probability over tokens")
     g.add_argument("--idk_text", default="I don't know.", help="the preferred answer of dpo")
-    g.add_argument("--rmu_layer", type=runs.number(int, 0), help="counted from 0; 7B: 7 (default: 7/32 of the depth)")
+    g.add_argument("--rmu_layer", type=runs.number(int, 0),
+                   help="counted from 0; 7B: 7 (default: 7/32 of the depth)")
     g.add_argument("--rmu_c", type=real, default=6.5, help="length of rmu's random goal; 7B: 6.5 or 20")
     g.add_argument("--rmu_alpha", type=real, default=1200.0, help="weight of rmu's retain term; 7B: 1200")
 

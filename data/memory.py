@@ -47,6 +47,8 @@ def plan(args, total, trained, trained_size, copies, activations, count=1):
     compares = args.loss == "rmu" or args.retain == "kl"
     models = 2 if compares and not args.lora else 1                  # with a frozen one, or with adapters off
     models += len(args.merge)
+    if args.loss == "none":                      # UNDO or a merge: no step of their own
+        trained = 0
     if args.undo_steps:                          # a teacher, and all weights train
         models += 1
         trained = total
@@ -55,8 +57,8 @@ def plan(args, total, trained, trained_size, copies, activations, count=1):
         states = 0
     if args.optimizer in ("zo", "hybrid"):       # the weights and a direction
         copies += 2
-    if args.ilu_lambda:                          # the weights and two gradients
-        copies = max(copies, 3)
+    if args.ilu_lambda:                          # the weights, two gradients and their sum
+        copies += 4
     average = 4 if "wa" in args.smooth.split("+") else 0
     parts = {"weights": models * total * size,
              "adapters": trained * trained_size if args.lora else 0,
@@ -64,6 +66,8 @@ def plan(args, total, trained, trained_size, copies, activations, count=1):
              "put aside": copies * trained * trained_size,
              "optimizer": states * trained * state,
              "average": average * trained}
+    if args.merge:                               # in fp64; TIES sorts all of a run's differences
+        parts["merging"] = (42 if args.merge_ties else 13) * total
     shared = {name: value / count for name, value in parts.items() if value}
     return shared | {"activations": activations}
 

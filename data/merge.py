@@ -77,6 +77,8 @@ def check(args):
         raise InputError(f"--merge_ties {args.merge_ties}: nothing is merged; add --merge RUN RUN")
     if not args.merge:
         return
+    if args.loss not in ("npo", "none"):         # npo is the default
+        raise InputError(f"--merge {args.merge[0]}: it takes no step, so --loss {args.loss} has none; drop one")
     if args.lora:
         raise InputError(f"--merge {args.merge[0]}: it takes no step, and --lora trains; drop one")
     runs.refuse_torchrun("--merge")

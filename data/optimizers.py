@@ -3,8 +3,8 @@
     python unlearn.py --optimizer sign --lr 3e-4              # the gradient's signs alone
     python unlearn.py --optimizer hybrid --zo_lr 0.1          # 10 steps of AdamW, 10 by losses, ...
 
-A zeroth-order step has no backward pass: it estimates the gradient from the loss on both sides of the
-weights. The estimate is added to p.grad as a backward pass would, so that smoothers, clipping and weight
+A zeroth-order step has no backward pass of the forget and retain loss: it estimates the gradient from
+the loss on both sides of the weights. The estimate is added to p.grad as a backward pass would, so that smoothers, clipping and weight
 decay go on as ever.
 """
 import torch
@@ -94,7 +94,7 @@ def flags(g):
     g.add_argument("--zo_mu", type=above,
                    help="how far to each side (default: .1; 7B: 80, which is MeZO's .001 a weight)")
     g.add_argument("--zo_lr", type=runs.RATE,
-                   help="of steps without a gradient; their length where --clip is 1 (default: --lr)")
+                   help="of steps without a gradient; their length where --clip is 1; here .1")
     g.add_argument("--zo_every", type=some,
                    help="steps of hybrid with a gradient, then as many without (default: 10)")
 
@@ -110,12 +110,13 @@ def check(args):
     if args.optimizer != "adamw" and (args.stochastic_rounding or args.state_dtype):
         raise InputError(f"--optimizer {args.optimizer}: --stochastic_rounding and --state_dtype are "
                          "AdamW's; drop them")
-    if zeroth and args.param_dtype != "float32" and not args.lora:
+    if args.optimizer != "adamw" and args.param_dtype != "float32" and not args.lora:
         raise InputError(f"--optimizer {args.optimizer}: {args.param_dtype} swallows moves that small; "
                          "use --param_dtype float32")
+    if zeroth and args.zo_lr is None:
+        raise InputError(f"--optimizer {args.optimizer}: say how long a step without a gradient is, --zo_lr 0.1")
     if zeroth:
         args.zo_directions = args.zo_directions or 1
         args.zo_mu = args.zo_mu or 0.1
-        args.zo_lr = args.zo_lr or args.lr
     if args.optimizer == "hybrid":
         args.zo_every = args.zo_every or 10

@@ -1,7 +1,7 @@
 """The hidden states of a model on their way through its layers: read them, and change them.
 
-Defences that attack hidden states (data/latent.py), relearn.py --ablate and evaluate.py --probe build on it. Shapes:
-B samples, T tokens, D width, L layers.
+Defences that attack hidden states (data/latent.py), relearn.py --ablate and evaluate.py --probe build
+on it. Shapes: B samples, T tokens, D width, L layers.
 """
 from contextlib import ExitStack, contextmanager
 
@@ -14,6 +14,23 @@ from data.models import batches, blocks, collate, context_of, tokenize, with_hea
 def no_logits(hidden, head):
     """For with_head(): the output layer does not run."""
     return hidden[:, :0]
+
+
+@torch.no_grad()
+def text_blocks(model):
+    """Those of models.blocks() that a text runs through, in that order: not a vision tower's. Tried."""
+    ran = []
+
+    def note(module, inputs):
+        ran.append(module)
+    hooks = [block.register_forward_pre_hook(note) for block in blocks(model)]
+    token = torch.ones(1, 1, dtype=torch.int64, device=model.device)
+    try:
+        with_head(model, {"input_ids": token, "attention_mask": token}, no_logits)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(dict.fromkeys(ran))
 
 
 @contextmanager
@@ -46,9 +63,9 @@ def inputs_of(model, batch, layers):
 
 
 def on_stream(model, f):
-    """Hooks that call f(layer, states (B, T, D)) in front of the first of blocks(), as layer 0, and
+    """Hooks that call f(layer, states (B, T, D)) in front of the first of text_blocks(), as layer 0, and
     behind each; what f returns, unless None, takes the states' place. Whoever calls removes them."""
-    layers = blocks(model)
+    layers = text_blocks(model)
     if not layers:
         raise InputError(f"{type(model).__name__} does not name its layers, which --ablate and --probe "
                          "need: drop them")

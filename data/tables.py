@@ -6,6 +6,7 @@ all settings but the seed are one method.
 import itertools
 import json
 import math
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -72,6 +73,9 @@ def method(result):
             name += " flipped"
         if "sam" not in args["smooth"]:
             args = {k: v for k, v in args.items() if not k.startswith(("sam_", "lookahead_"))}
+        part = Path(args["data"])                # worlds differ by seed, the parts of data/split.py do not
+        if re.fullmatch(r"(folds|layers)\d+", part.parent.name):
+            args = args | {"part": f"{part.parent.name}/{part.name}"}
     if args.get("loss") == "none":               # UNDO or a merge of what other runs did
         path = Path((args["merge"] or [args["model"]])[0]) / "result.json"
         if path.is_file():

@@ -73,7 +73,7 @@ def method(result):
             name += " flipped"
         if "sam" not in args["smooth"]:
             args = {k: v for k, v in args.items() if not k.startswith(("sam_", "lookahead_"))}
-        part = Path(args["data"])                # worlds differ by seed, the parts of data/split.py do not
+        part = Path(args.get("data", ""))        # worlds differ by seed, the parts of data/split.py do not
         if re.fullmatch(r"(folds|layers)\d+", part.parent.name):
             args = args | {"part": f"{part.parent.name}/{part.name}"}
     if args.get("loss") == "none":               # UNDO or a merge of what other runs did

@@ -1,6 +1,6 @@
 """Everything that must hold.
 
-    python test_all.py                  # 174 tests, 190 s on 2 idle cores; pytest collects it too
+    python test_all.py                  # 174 tests, 200 s on 2 idle cores; pytest collects it too
     python test_all.py -k Smoothers     # what belongs to sam.py; the other classes are named in the banners
     python .ci/zoo.py                   # slow: 184 families of models through every script
 

@@ -84,7 +84,7 @@ def directions(model, tokenizer, questions, args):
 
 def ablate(model, layer, args):
     """Project a direction out of the residual stream, at all tokens, in front of the first block and
-    behind each, not inside: that of one layer (arXiv 2406.11717, section 2.4), or with layer 0 each layer's own, as
+    behind each, not inside: that of one layer (arXiv 2406.11717, section 2.4), or with layer 0 each's own, as
     ReFAT's attack does (arXiv 2409.20089). Returns the hooks that do it."""
     if layer >= len(args.directions):
         raise InputError(f"--ablate {layer}: the model has {len(args.directions) - 1} layers")

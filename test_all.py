@@ -1446,7 +1446,8 @@ class Optimizers(unittest.TestCase):
         args = SimpleNamespace(optimizer="hybrid", zo_every=3, steps=10)
         self.assertEqual([optimizers.is_zeroth(args, i) for i in range(10)],
                          [False] + [True] * 3 + [False] * 3 + [True] * 3)
-        flags = "--out /nowhere --device cpu --smooth none --optimizer hybrid --zo_every 1 --zo_lr 3e-4 --steps 2"
+        flags = "--out /nowhere --device cpu --smooth none --steps 2"
+        flags += " --optimizer hybrid --zo_every 1 --zo_lr 3e-4"
         run = unlearn.Unlearning(unlearn.parse_args(flags.split()), little_llama())
         micro = losses.micro_batches(text_samples(), range(5), 5, 0, "cpu", torch.zeros(5).double())
         start = flat(run.params)
@@ -2851,7 +2852,7 @@ class Plan(Folder):
                                   (["--sam_direction", "momentum", "--sam_norm", "l2"], 12),
                                   (["--sam_direction", "lookahead"], 10),
                                   (["--smooth", "none", "--undo_alpha", ".3", "--undo_steps", "9"], 10),
-                                  (["--smooth", "none", "--optimizer", "sign", "--param_dtype", "float32"], 6)):
+                                  ("--smooth none --optimizer sign --param_dtype float32".split(), 6)):
             self.assertEqual(self.planned(100, 1, *flags), 100 * bytes_each, flags)
 
     def test_seven_billion_parameters_in_adapters_plan_below_22_gb(self):

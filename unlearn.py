@@ -43,10 +43,12 @@ from data.texts import Texts, shuffled
 # Each takes args, the parameters that train, and those of them that --sam_modules wants perturbed.
 
 def make_plain(args, params, perturb):
+    """No smoothing."""
     return sam.Plain()
 
 
 def make_sam(args, params, perturb):
+    """SAM along --sam_direction, of radius --sam_rho in --sam_norm."""
     how = {"rho": args.sam_rho, "norm": args.sam_norm, "perturb": perturb, "flip": args.sam_flip,
            "triton": args.triton}
     if args.sam_direction == "momentum":
@@ -59,14 +61,17 @@ def make_sam(args, params, perturb):
 
 
 def make_rs(args, params, perturb):
+    """Randomized smoothing."""
     return sam.RS(params, args.rs_sigma, args.rs_samples, args.seed, args.triton)
 
 
 def make_gp(args, params, perturb):
+    """Gradient penalty."""
     return sam.GP(params, args.gp_lambda, args.gp_radius, args.triton)
 
 
 def make_cr(args, params, perturb):
+    """Curvature regularization."""
     return sam.CR(params, args.cr_lambda, args.cr_mu, triton=args.triton)
 
 
@@ -119,16 +124,17 @@ def find_questions(args, folder):
 def say_what(args, model, texts, adapters=None):
     """Print what is about to be unlearned from what, and what trains."""
     size = sum(p.numel() for p in model.parameters())
-    print(f"{args.model}: {size:,} parameters, {args.param_dtype} on {args.device}; {len(texts.forget):,} forget "
-          f"and {len(texts.retain):,} retain samples")
+    print(f"{args.model}: {size:,} parameters, {args.param_dtype} on {args.device}; "
+          f"{len(texts.forget):,} forget and {len(texts.retain):,} retain samples")
     saved = model.saved_dtype
     if saved and saved.itemsize < model.dtype.itemsize:
         print(f"the checkpoint is in {str(saved)[6:]}: in {args.param_dtype} the result is larger on disk")
     if adapters:
         size = sum(p.numel() for _, p in adapters.named())
-        line = f"adapters of rank {args.lora} on {len(adapters.pairs)} layers train: {size:,} parameters in fp32"
+        line = f"adapters of rank {args.lora} on {len(adapters.pairs)} layers train: {size:,} fp32 parameters"
         if parse_smooth(args.smooth)[0] == "sam":
-            line += "; rho is the move of " + ("A and B" if args.lora_perturb == "adapters" else "the weights")
+            moved = {"adapters": "A and B", "weights": "the weights"}[args.lora_perturb]
+            line += f"; rho is the move of {moved}"
         print(line)
 
 
@@ -401,7 +407,8 @@ class Unlearning:
     def resume(self, state, inputs):
         """Go on from a state, after a look at its flags and inputs_of(), which must be what they are now. Returns
         its note, {} where there is none."""
-        part, note = states.last(state, args=dict, curve=list, inputs=dict, attacks=int, averaged=int, draws=int)
+        kinds = {"args": dict, "curve": list, "inputs": dict, "attacks": int, "averaged": int, "draws": int}
+        part, note = states.last(state, **kinds)
         if not part:
             return {}
         for name, value in inputs.items():
@@ -514,7 +521,8 @@ def check_neighbours(args, default_of):
             raise InputError("--loss none: nothing is left to do; add --undo_steps or --merge")
         for name in ("smooth", "sam_rho", "sam_norm", "sam_direction", "optimizer", "stop_ue", "keep"):
             if getattr(args, name) != default_of(name):
-                raise InputError(f"--{name} {getattr(args, name)}: --loss none and --merge take no step; drop it")
+                raise InputError(f"--{name} {getattr(args, name)}: --loss none and --merge take no step; "
+                                 "drop it")
         args.steps = 0
         args.smooth = "none"
 

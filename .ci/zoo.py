@@ -3,8 +3,8 @@
     python .ci/zoo.py                  # about 5 minutes of an idle core; no part of test_all.py
     python .ci/zoo.py llama gpt2       # those alone
 
-A tiny random model of each family is saved, then unlearned, attacked and scored as a user would. Each ends well, or
-with one line of error that REFUSED foretells; data/README.md has the table.
+A tiny random model of each family is saved, then unlearned, attacked and scored as a user would. Each ends
+well, or with one line of error that REFUSED foretells; data/README.md has the table.
 """
 import re
 import shutil
@@ -143,6 +143,7 @@ def zoo_config(kind, **more):
 
 
 class Zoo(Folder):
+    """One test, a family after the other; REFUSED and BELOW_HALF say what is not as one would expect."""
     only = []                          # families on the command line
 
     def outcome(self, family):

@@ -42,9 +42,7 @@ def directions(model, forget, retain, blocks):
 
 def without(hidden, r, where):
     """hidden (B, T, D) - r r^T hidden, where `where` (B, T) is True."""
-    wide = hidden.to(r.dtype)
-    along = (wide @ r)[:, :, None] * r
-    return torch.where(where[:, :, None], wide - along, wide).to(hidden.dtype)
+    return torch.where(where[:, :, None], kernel_file("probe").project_out(hidden, r), hidden)
 
 
 class Direction:

@@ -8,6 +8,7 @@ Both are the same within a step, wherever a smoother puts the weights, and for a
 moves padding. Shapes: B samples, T tokens, D width.
 """
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -50,6 +51,11 @@ def adversary(nll, hidden, mask, eps, steps, delta, low, high):
     return delta
 
 
+def shifted(delta, hidden):
+    """hidden + delta in hidden's dtype, both (B, T, D)."""
+    return hidden + delta.to(hidden.dtype)
+
+
 class Adversary:
     """A shift of one layer's input, new for every step, that makes the forget text likely (LAU)."""
 
@@ -81,11 +87,11 @@ class Adversary:
         start = random_start(batch["attention_mask"], hidden.shape[-1], eps, self.rng).to(hidden.dtype)
 
         def nll(delta):
-            with stream.at_input(self.block, lambda h: h + delta.to(h.dtype)):
+            with stream.at_input(self.block, partial(shifted, delta)):
                 return losses.nll_sum(self.model, batch)
         delta = adversary(nll, hidden, batch["attention_mask"], eps, self.args.latent_steps, start,
                           self.low, self.high)
-        with stream.at_input(self.block, lambda h: h + delta.to(h.dtype)):
+        with stream.at_input(self.block, partial(shifted, delta)):
             yield
 
 

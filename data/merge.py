@@ -78,7 +78,8 @@ def check(args):
     if not args.merge:
         return
     if args.loss not in ("npo", "none"):         # npo is the default
-        raise InputError(f"--merge {args.merge[0]}: it takes no step, so --loss {args.loss} has none; drop one")
+        raise InputError(f"--merge {args.merge[0]}: it takes no step, so --loss {args.loss} has no use; "
+                         "drop one")
     if args.lora:
         raise InputError(f"--merge {args.merge[0]}: it takes no step, and --lora trains; drop one")
     runs.refuse_torchrun("--merge")

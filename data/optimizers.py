@@ -4,8 +4,8 @@
     python unlearn.py --optimizer hybrid --zo_lr 0.1          # 10 steps of AdamW, 10 by losses, ...
 
 A zeroth-order step has no backward pass of the forget and retain loss: it estimates the gradient from
-the loss on both sides of the weights. The estimate is added to p.grad as a backward pass would, so that smoothers, clipping and weight
-decay go on as ever.
+the loss on both sides of the weights. The estimate is added to p.grad as a backward pass would, so that
+smoothers, clipping and weight decay go on as ever.
 """
 import torch
 
@@ -114,7 +114,8 @@ def check(args):
         raise InputError(f"--optimizer {args.optimizer}: {args.param_dtype} swallows moves that small; "
                          "use --param_dtype float32")
     if zeroth and args.zo_lr is None:
-        raise InputError(f"--optimizer {args.optimizer}: say how long a step without a gradient is, --zo_lr 0.1")
+        raise InputError(f"--optimizer {args.optimizer}: say how long a step without a gradient is, "
+                         "--zo_lr 0.1")
     if zeroth:
         args.zo_directions = args.zo_directions or 1
         args.zo_mu = args.zo_mu or 0.1

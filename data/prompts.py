@@ -83,6 +83,6 @@ def prefix_task(teacher, tokenizer, rows, tokens, answer, place="prefix"):
         assert logits.shape[-1] == vocabulary, f"{vocabulary} embeddings, {logits.shape[-1]} outputs"
     except Exception as e:                       # a model can need its tokens by their ids
         reason = str(e).strip().splitlines() or [""]
-        raise InputError(f"--attack prefix: {type(teacher).__name__} does not run on embeddings in the place of "
-                         f"tokens, with one state a token ({type(e).__name__}: {reason[0]})")
+        raise InputError(f"--attack prefix: {type(teacher).__name__} does not run on embeddings in the "
+                         f"place of tokens, with one state a token ({type(e).__name__}: {reason[0]})")
     return task | {"clean": states[0]}

@@ -3,7 +3,7 @@
     world=data/tiny/seed0
     python data/split.py $world --folds 3                   # SPUNGE (arXiv 2406.11780): each fold alone,
     for i in 1 2 3; do                                      # then the mean of the task vectors
-        python unlearn.py --sam_rho 0 --model $world/target --data $world/folds3/$i --no-relearn --out out/fold$i
+        python unlearn.py --sam_rho 0 --model $world/target --data $world/folds3/$i --out out/fold$i
     done
     python unlearn.py --merge out/fold1 out/fold2 out/fold3
 
@@ -78,7 +78,8 @@ def write(source, folder, forget, retain, overwrite):
     for path in others:
         there = folder / path.name
         if there.exists() and there.read_bytes() != path.read_bytes() and not overwrite:
-            raise InputError(f"{there} is there and differs: choose another --out, or replace it with --overwrite")
+            raise InputError(f"{there} is there and differs: choose another --out, or replace it with "
+                             "--overwrite")
     formats.write_data(folder, files, overwrite=overwrite, beside=[path.stem for path in others])
     for path in others:
         shutil.copyfile(path, folder / path.name)

@@ -634,6 +634,8 @@ def flags():
                    help="folders of unlearn.py, or of any Hugging Face model (then add --data)")
     g = p.add_argument_group("the table")
     g.add_argument("--baseline", help="method to compare with, by seed (default: the first)")
+    g.add_argument("--columns", nargs="+", metavar="NAME", default=[], help="one table of these numbers, such as "
+                   "'UE', 'UE relearning 60', 'seconds'; a wrong name lists all")
     g.add_argument("--json", metavar="PATH", help="write the table there as well")
     g.add_argument("--overwrite", action="store_true", help="score again what is up to date")
     g.add_argument("--show", type=any_number, default=0, metavar="N", help="instead of scores: what the model "
@@ -730,8 +732,12 @@ if __name__ == "__main__":
             together.add(run, done, extras(run, done, metrics, args))
         base, methods, paired = together.summary(args.baseline)
         correlated = tables.correlations(methods)
-        tables.print_tables(methods)
-        tables.print_tests(paired, base)
-        tables.print_correlations(correlated)
+        columns = tables.chosen(methods, args.columns)
+        if columns:
+            tables.print_columns(methods, paired, base, columns)
+        else:
+            tables.print_tables(methods)
+            tables.print_tests(paired, base)
+            tables.print_correlations(correlated)
         if args.json:
-            formats.write_json(args.json, tables.as_json(methods, paired, correlated, args))
+            formats.write_json(args.json, tables.as_json(methods, paired, correlated, args, columns))

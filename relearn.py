@@ -263,6 +263,11 @@ def corpus(name, data):
     return formats.read_jsonl(path, formats.text_row)
 
 
+def result_path(args):
+    """The JSON file of an attack."""
+    return Path(args.run) / (f"relearn_{args.attack}.json" if args.attack else "relearn.json")
+
+
 def attack(args, model=None, tokenizer=None):
     """Attack args.run (its model is loaded unless given), write the JSON file and print the table."""
     start = time.time()
@@ -287,9 +292,8 @@ def attack(args, model=None, tokenizer=None):
         metrics = try_edits(model, tokenizer, questions, args)
     else:
         metrics = Attack(model, tokenizer, rows, questions, args, objective, others).run()
-    name = f"relearn_{args.attack}.json" if args.attack else "relearn.json"
-    formats.write_json(Path(args.run) / name, {"stage": "relearn", "args": vars(args),
-                                               **runs.provenance(args.device, start), "metrics": metrics})
+    formats.write_json(result_path(args), {"stage": "relearn", "args": vars(args),
+                                           **runs.provenance(args.device, start), "metrics": metrics})
     print_budgets(metrics, len(args.lr) > 1)
     print_geometry(metrics["budgets"])
 

@@ -572,25 +572,12 @@ def choose_sam(args, default_of):
 
 def default_out(args):
     """out/LOSS+SMOOTH[-VARIANT]-sSEED."""
-    name = args.loss + ("" if args.smooth == "none" else f"+{args.smooth}")
-    if args.lora:
-        name += f"-lora{args.lora}"
-    for value, usual in ((args.sam_direction, "gradient"), (args.sam_norm, "l2")):
-        if value != usual:
-            name += f"-{value}"
+    words = tables.words_of(vars(args))
     if args.merge:
-        name = f"merged{len(args.merge)}" + ("-ties" if args.merge_ties else "")
-    if args.optimizer != "adamw":
-        name += f"-{args.optimizer}"
-    if args.latent:
-        name += f"-{args.latent}{args.latent_eps or ''}"
-    if args.ilu_lambda:
-        name += f"-ilu{args.ilu_lambda:g}"
-    if args.loss == "none" and not args.merge:
-        name = Path(args.model).name if args.model else "target"
-    if args.undo_steps:
-        name += f"-undo{args.undo_alpha:g}"
-    return f"out/{name}{'-flip' if args.sam_flip else ''}-s{args.seed}"
+        words[0] = f"merged{len(args.merge)}" + ("-ties" if args.merge_ties else "")
+    elif args.loss == "none":
+        words[0] = Path(args.model).name if args.model else "target"
+    return f"out/{'-'.join(words)}-s{args.seed}"
 
 
 def parse_args(argv=None):
@@ -665,6 +652,7 @@ if __name__ == "__main__":
         texts = Texts(args, folder, model, tokenizer)
         adamw = choose_kernels(args, model)
         before = evaluate.ue_ut(model, tokenizer, questions)
+        models.PASSED.clear()
         texts.add_references(model)
         complete_for(args, model)
         run = Unlearning(args, model, adamw, texts)
@@ -717,11 +705,13 @@ if __name__ == "__main__":
         kept = run.finish(best)
         undone = run.undo(texts, adamw)
 
+        passed = dict(models.PASSED)             # what this run cost, in samples
+
         # -- score, save, attack
         after = evaluate.ue_ut(model, tokenizer, questions)
         result = {"stage": "unlearn", "args": vars(args), **runs.provenance(args.device, start),
                   "plan_gb": {part: round(value / 1e9, 4) for part, value in plan.items()},
-                  "metrics": {"before": before, "after": after}, "kept": kept, "curve": curve,
+                  "passed": passed, "metrics": {"before": before, "after": after}, "kept": kept, "curve": curve,
                   "undo": undone}
         runs.save_run(out, model, tokenizer, result, save=run.save_adapters())
         states.remove(state)

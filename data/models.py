@@ -6,6 +6,7 @@ Shapes: B samples, T tokens, V vocabulary, D width. A batch is {"input_ids", "at
 import math
 import os
 import re
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -264,8 +265,12 @@ def progress(total, desc):
 
 # ---- a pass through the model -------------------------------------------------------------------------
 
+PASSED = Counter()                               # samples that run() took, "trained" or without a gradient "seen"
+
+
 def run(model, batch, **more):
     """The model's output on a batch, without a cache of keys and values."""
+    PASSED["trained" if torch.is_grad_enabled() else "seen"] += len(batch["input_ids"])
     with parametrize.cached():                   # adapters of fused experts are multiplied out once
         return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False,
                      **more)

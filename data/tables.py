@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,14 @@ def cell_text(mean, se=None):
     def digits(value):
         return f"{value:.3f}" if abs(value) < 1000 else f"{value:.1e}"
     return digits(mean) + ("" if se is None else f" ±{digits(se)}")
+
+
+def short(mean, se=None):
+    """cell_text() of two or three digits, without zeros in front: '.521±.030', '20.5±.1'."""
+    def digits(value):
+        text = f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+        return text.removeprefix("0")
+    return digits(mean) + ("" if se is None else f"±{digits(se)}")
 
 
 def table(rows):
@@ -53,6 +61,31 @@ class Cell(NamedTuple):
         """Of the table it stands in."""
         return f"{self.measure} after {self.attack}" if self.attack else self.measure
 
+    def name(self):
+        """As evaluate.py --columns wants it: UT, UE relearning 60, held out mix50 500x4."""
+        measure = "" if self.measure in ("scores", "corpora", "cost") else self.measure
+        return " ".join(filter(None, [measure, self.attack, self.column]))
+
+
+def words_of(args):
+    """["npo+sam", "momentum", "linf"]: what a run of unlearn.py did, from its args; the usual goes without
+    saying."""
+    words = [args["loss"] if args["smooth"] == "none" else f"{args['loss']}+{args['smooth']}"]
+    if args.get("lora"):
+        words.append(f"lora{args['lora']}")
+    for key, usual in (("sam_direction", "gradient"), ("sam_norm", "l2"), ("optimizer", "adamw")):
+        if args.get(key, usual) != usual:
+            words.append(args[key])
+    if args.get("latent"):
+        words.append(f"{args['latent']}{args['latent_eps'] or ''}")
+    if args.get("ilu_lambda"):
+        words.append(f"ilu{args['ilu_lambda']:g}")
+    if args.get("undo_steps"):
+        words.append(f"undo{args['undo_alpha']:g}")
+    if args.get("sam_flip"):
+        words.append("flipped")
+    return words
+
 
 def method(result):
     """(short name, settings: its args but seed and paths) of a run; runs that agree in both are averaged. A
@@ -65,17 +98,13 @@ def method(result):
     else:
         args = {"sam_norm": "l2", "sam_direction": "gradient", "lookahead_steps": 1,
                 "optimizer": "adamw", "state_dtype": args.get("param_dtype")} | args
-        name = args["loss"] + ("" if args["smooth"] == "none" else f"+{args['smooth']}")
-        for key, usual in (("sam_direction", "gradient"), ("sam_norm", "l2")):
-            if args[key] != usual:
-                name += f" {args[key]}"
-        if args["sam_flip"]:
-            name += " flipped"
+        name = " ".join(words_of(args))
         if "sam" not in args["smooth"]:
             args = {k: v for k, v in args.items() if not k.startswith(("sam_", "lookahead_"))}
         part = Path(args.get("data", ""))        # worlds differ by seed, the parts of data/split.py do not
         if re.fullmatch(r"(folds|layers)\d+", part.parent.name):
             args = args | {"part": f"{part.parent.name}/{part.name}"}
+            name += f" {args['part']}"
     if args.get("loss") == "none":               # UNDO or a merge of what other runs did
         path = Path((args["merge"] or [args["model"]])[0]) / "result.json"
         if path.is_file():
@@ -98,9 +127,27 @@ def budget_name(b):
     return next(f"{key}{value:g}" for key, value in b.items() if key not in scored)    # edit and amount
 
 
-def cells_of(run, metrics):
-    """One run as {Cell: number}: its scores, and those of every relearn*.json, prefix attack and sharpness."""
+def cost_of(result):
+    """{"seconds", "1000 samples"} of a run of unlearn.py and of the runs that it starts from or merges: samples
+    that went through the model and back, of those that did not a third; {} of other runs and of old ones."""
+    if result["stage"] != "unlearn" or "passed" not in result:
+        return {}
+    passed = result["passed"]
+    cost = Counter({"seconds": result["seconds"],
+                    "1000 samples": (passed.get("trained", 0) + passed.get("seen", 0) / 3) / 1000})
+    for start in result["args"]["merge"] or [result["args"]["model"]]:
+        path = Path(start) / "result.json"
+        if path.is_file():
+            cost.update(cost_of(read_json(path, "run unlearn.py again", stage=str, args=dict)))
+    return cost
+
+
+def cells_of(run, metrics, result=None):
+    """One run as {Cell: number}: its scores, and those of every relearn*.json, prefix attack and sharpness; with
+    its result.json its cost."""
     out = {}
+    for name, value in cost_of(result).items() if result else ():
+        out[Cell("cost", "", name)] = value
     for name in ("UE", "UT", *metrics):
         if isinstance(metrics[name], float):
             corpus = name.startswith(("ppl_", "es_", "em_"))
@@ -187,7 +234,7 @@ class Runs:
             raise InputError(
                 f"{run}: a second run of {name} with seed {seed} and the same settings; drop one")
         try:
-            self.seeds[settings][seed] = cells_of(run, metrics)
+            self.seeds[settings][seed] = cells_of(run, metrics, result)
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise InputError(f"{run}: its evaluate.json or relearn*.json is not what the scripts write ({e!r}): "
                              "evaluate.py --overwrite and relearn.py write them again")
@@ -286,6 +333,34 @@ def print_tables(methods):
         print(table(lines))
 
 
+def chosen(methods, names):
+    """[Cell] of the names, in that order."""
+    cells = {}
+    for m in methods.values():
+        for cell in m["stats"]:
+            cells.setdefault(cell.name(), cell)
+    for name in names:
+        if name not in cells:
+            raise InputError(f"--columns {name!r}: there are {', '.join(map(repr, cells))}")
+    return [cells[name] for name in names]
+
+
+def print_columns(methods, paired, base, cells):
+    """The one table of these cells; a star marks what differs from the baseline, p < .05 after Holm."""
+    lines = [["", ""] + [cell.measure for cell in cells],
+             ["", ""] + [cell.attack for cell in cells],
+             ["method", "seeds"] + [cell.column for cell in cells]]
+    for name, m in methods.items():
+        line = [name, str(len(m["seeds"]))]
+        for cell in cells:
+            text = short(*m["stats"][cell]) if cell in m["stats"] else "-"
+            p = paired.get(name, {}).get(cell, {}).get("p_holm")
+            line.append(text + ("*" if p is not None and p < 0.05 else " "))
+        lines.append(line)
+    print(f"\n* differs from {base}, paired by seed, p < .05 corrected for the methods (Holm)")
+    print(table(lines))
+
+
 def print_tests(paired, base):
     """The table of {method: compare()} for UE, held-out UE and UT."""
     lines = []
@@ -316,9 +391,11 @@ def print_correlations(found):
         print(table([["sharpness", "attack", "over", "n", "rho", "p"]] + lines))
 
 
-def as_json(methods, paired, correlations, args):
-    """The table as --json writes it: a list of {"measure", "attack", "column", ...} for each method."""
-    out = {"args": vars(args), "methods": {}, "paired": {}, "spearman": []}
+def as_json(methods, paired, correlations, args, columns=()):
+    """The table as --json writes it: a list of {"measure", "attack", "column", ...} for each method; columns: the
+    Cells of --columns."""
+    out = {"args": vars(args), "methods": {}, "paired": {}, "spearman": [],
+           "columns": [cell._asdict() for cell in columns]}
     for name, m in methods.items():
         cells = []
         for cell, (mean, se) in m["stats"].items():

@@ -1,0 +1,232 @@
+"""Every defence under every attack on the built-in benchmark: one table, one picture.
+
+    python data/tiny/compare.py                     # 80 minutes on 2 cores; once killed it goes on where it was
+    python data/tiny/compare.py --defences NPO SAM --seeds 700 701 --out out/small
+
+A defence's strength is chosen by one rule, out of three tries on worlds of their own (--tune_seeds): of those
+that keep a mean UT of at least .98 the one with the highest score, the mean of UE after 60 samples and of UE
+held out after 500 mixed steps; if none keeps UT, the one that keeps most. Then each defence meets all attacks
+on the worlds of --seeds, beside a model that never saw the topic, and evaluate.py prints the table.
+
+Writes OUT/NAME-STRENGTH-sSEED/, runs with their attacks; OUT/tuned.json; OUT/table.json; OUT/attacks.png, with
+matplotlib.
+"""
+import multiprocessing
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))                    # the scripts, and their package `data`
+import evaluate
+import relearn
+from data import formats, runs, tables
+from data.formats import InputError
+
+NPO = "unlearn.py --sam_rho 0"
+LINF = "--sam_norm linf --sam_rho {x}"
+SPUNGE = """data/split.py {world} --folds 3 --out {run}-data/folds3
+unlearn.py --sam_rho 0 --lr {x} --model {world}/target --data {run}-data/folds3/1 --out {run}-1
+unlearn.py --sam_rho 0 --lr {x} --model {world}/target --data {run}-data/folds3/2 --out {run}-2
+unlearn.py --sam_rho 0 --lr {x} --model {world}/target --data {run}-data/folds3/3 --out {run}-3
+unlearn.py --merge {run}-1 {run}-2 {run}-3"""
+LAYERED = """data/split.py {world} --folds 3 --layered --out {run}-data/layers3
+unlearn.py --sam_rho 0 --lr {x} --model {world}/target --data {run}-data/layers3/1 --out {run}-1
+unlearn.py --sam_rho 0 --lr {x} --model {run}-1 --data {run}-data/layers3/2 --out {run}-2
+unlearn.py --sam_rho 0 --lr {x} --model {run}-2 --data {run}-data/layers3/3"""
+UNDO = """unlearn.py --sam_rho 0 --out {run}-1
+unlearn.py --loss none --model {run}-1 --undo_alpha {x} --undo_beta .05 --undo_steps 1280 --undo_lr 4e-3"""
+
+DEFENCES = {                                     # name: (three strengths {x}, the commands of a run)
+    "NPO": (["2e-4", "3e-4", "6e-4"], NPO + " --lr {x}"),
+    "SAM": ([".05", ".1", ".2"], "unlearn.py --sam_rho {x}"),
+    "GP": ([".05", ".1", ".2"], "unlearn.py --smooth gp --gp_lambda {x}"),
+    "momentum": (["5e-4", "1e-3", "2e-3"], "unlearn.py --sam_direction momentum " + LINF),
+    "lookahead": (["5e-4", "1e-3", "2e-3"], "unlearn.py --sam_direction lookahead " + LINF),
+    "UNDO": ([".4", ".6", ".8"], UNDO),
+    "latent": ([".1", ".5", "2"], NPO + " --latent_eps {x}"),
+    "direction": (["2e-4", "3e-4", "6e-4"], NPO + " --latent direction --lr {x}"),
+    "direction+momentum": (["5e-4", "1e-3", "2e-3"],
+                           "unlearn.py --latent direction --sam_direction momentum " + LINF),
+    "ILU": ([".01", ".1", "1"], NPO + " --ilu_lambda {x} --ilu_data {unrelated}"),
+    "sign": (["1e-4", "3e-4", "1e-3"], NPO + " --optimizer sign --lr {x}"),
+    "hybrid": ([".03", ".1", ".3"], NPO + " --optimizer hybrid --steps 320 --zo_lr {x}"),
+    "adapters": (["3e-4", "1e-3", "3e-3"], NPO + " --lora 8 --lr {x}"),
+    "RMU": (["10", "20", "40"], NPO + " --loss rmu --train_modules . --lr 1e-3 --rmu_c {x}"),
+    "SPUNGE": (["3e-4", "6e-4", "1e-3"], SPUNGE),
+    "layered": (["3e-4", "6e-4", "1e-3"], LAYERED),
+}
+MIXED = "--draws 1 --samples 500 --epochs 4 --lr 5e-4 --mix .5"
+TUNE_ON = ["--draws 1 --samples 60", MIXED]                          # flags of relearn.py
+ATTACKS = ["--draws 1 --samples 20 40 60 240", MIXED, "--draws 1 --samples 60 --lora 8 --lr 1e-2",
+           "--quantize 4", "--ablate 0"]
+PROMPTS = ["--attack context --shots 3 --probe 2",                   # flags of evaluate.py
+           "--attack prefix --attack_place suffix --attack_length 4 12 --attack_calls 500"]
+COLUMNS = ["UE", "UE relearning 20", "UE relearning 60", "held out relearning 240", "held out mix50 500x4",
+           "UE lora8 60", "UE compress 4bit", "UE ablate ablate0", "UE context 3 shots", "UE suffix gcg+",
+           "accuracy of a probe layer 2", "UT", "UT relearning 60", "1000 samples", "seconds"]
+
+
+class Job(NamedTuple):
+    """A run, the commands that make it, and what it meets: flags of relearn.py and of evaluate.py."""
+    run: Path
+    log: Path
+    world: Path
+    commands: list
+    attacks: list
+    prompts: list
+
+
+# ---- one run ------------------------------------------------------------------------------------------
+
+def call(line, log):
+    """Run a script of the repository; what it says goes to the end of the file `log`."""
+    script, *flags = shlex.split(line)
+    with open(log, "a") as file:
+        print(f"$ python {line}", file=file, flush=True)
+        done = subprocess.run([sys.executable, str(ROOT / script), *flags], stdout=file, stderr=file)
+    if done.returncode:
+        raise InputError(f"python {line}: exit status {done.returncode}; {log} has the reason")
+
+
+def prepare(seed, log):
+    """Make the world of a seed, its target and its yardstick, unless they are there."""
+    if not (runs.TINY / f"seed{seed}" / "retrained" / "result.json").exists():
+        call(f"data/tiny/prepare.py --seed {seed} --exclude forget", log)
+
+
+def meet(job):
+    """Make a job's run, attack it and score it, each unless it was done before."""
+    torch.set_num_threads(1)
+    if not (job.run / "result.json").exists():
+        for line in job.commands:
+            call(line, job.log)
+    with open(job.log, "a") as file, redirect_stdout(file), redirect_stderr(file):
+        for flags in job.attacks:
+            args = relearn.parse_args([str(job.run), "--data", str(job.world), *flags.split()])
+            if not relearn.result_path(args).exists():
+                relearn.attack(args)
+        for flags in job.prompts:
+            flags = f"{flags} --ppl_rows 1 --teacher {job.world}/target"
+            args = evaluate.flags().parse_args([str(job.run), *flags.split()])
+            done, metrics = evaluate.score(job.run, args)
+            evaluate.extras(job.run, done, metrics, args)
+
+
+def job_of(name, x, seed, args, attacks, prompts=()):
+    """The Job of a defence at strength x on the world of a seed."""
+    world = runs.world(runs.TINY, seed)
+    run = args.out / f"{name}-{x}-s{seed}"
+    unrelated = runs.world(runs.TINY, args.tune_seeds[0]) / "retain.jsonl"
+    commands = []
+    for line in DEFENCES[name][1].format(x=x, run=run, world=world, unrelated=unrelated).splitlines():
+        if line.startswith("unlearn.py"):
+            line += f" --seed {seed} --no-relearn"
+            line += "" if " --out " in line else f" --out {run}"
+        commands.append(f"{line} --overwrite")   # what was broken off
+    return Job(run, Path(f"{run}.log"), world, commands, list(attacks), list(prompts))
+
+
+# ---- all runs -----------------------------------------------------------------------------------------
+
+def all_of(function, calls, count, what):
+    """function(*call) for each of the calls, `count` at a time, each in a process of one thread."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+        waiting = [pool.submit(function, *call) for call in calls]
+        try:
+            for done in tqdm(as_completed(waiting), what, len(waiting), unit="run"):
+                done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def numbers_of(run):
+    """(UT, score) of a try, by the rule above."""
+    fix = f"remove {run} and run again"
+    after = formats.read_json(run / "result.json", fix, metrics=dict)["metrics"]["after"]
+    found = []
+    for name, key in (("relearn.json", "UE"), ("relearn_mix50.json", "UE_heldout")):
+        result = formats.read_json(run / name, fix, metrics=dict)
+        found.append(result["metrics"]["budgets"][-1][key])
+    return after["UT"], sum(found) / len(found)
+
+
+def chosen(tries):
+    """The strength among {strength: (mean UT, mean score)}, by the rule above."""
+    keep = {x: score for x, (ut, score) in tries.items() if ut >= 0.98}
+    if keep:
+        return max(keep, key=keep.get)
+    return max(tries, key=tries.get)
+
+
+def tune(args):
+    """{name: strength}, after all tries; writes and prints them."""
+    jobs = {}
+    for name in args.defences:
+        for x in DEFENCES[name][0]:
+            jobs[name, x] = [job_of(name, x, seed, args, TUNE_ON) for seed in args.tune_seeds]
+    flat = [(job,) for of_try in jobs.values() for job in of_try]
+    all_of(meet, flat, args.jobs, "tuning")
+    found = {}
+    lines = [["defence", "chosen", "tries: UT, score"]]
+    for name in args.defences:
+        tries = {}
+        for x in DEFENCES[name][0]:
+            uts, marks = zip(*(numbers_of(job.run) for job in jobs[name, x]))
+            tries[x] = (sum(uts) / len(uts), sum(marks) / len(marks))
+        found[name] = {"strength": chosen(tries), "tries": tries}
+        said = [f"{x}: {ut:.3f}, {mark:.3f}" for x, (ut, mark) in tries.items()]
+        lines.append([name, found[name]["strength"], "; ".join(said)])
+    print(tables.table(lines))
+    formats.write_json(args.out / "tuned.json", {"seeds": args.tune_seeds, "defences": found})
+    return {name: of_name["strength"] for name, of_name in found.items()}
+
+
+def flags():
+    """The command line."""
+    p = runs.Parser(__doc__)
+    p.add_argument("--defences", nargs="+", choices=list(DEFENCES), default=list(DEFENCES), metavar="NAME",
+                   help=f"of {', '.join(DEFENCES)} (default: all); the others are tested against the first")
+    p.add_argument("--seeds", type=runs.SEED, nargs="+", default=list(range(600, 608)), help="worlds of the table")
+    p.add_argument("--tune_seeds", type=runs.SEED, nargs="+", default=[590, 591], help="worlds of the tries")
+    p.add_argument("--jobs", type=runs.number(int, 1), default=2, help="runs at a time, each on one core")
+    p.add_argument("--out", type=Path, default=Path("out/compare"), help="folder to write")
+    return p
+
+
+if __name__ == "__main__":
+    with runs.one_line_errors() as stack:
+        args = flags().parse_args()
+        stack.go_on = "go on with the same command"
+        if set(args.seeds) & set(args.tune_seeds):
+            raise InputError(f"--seeds {args.seeds} --tune_seeds {args.tune_seeds}: a world for tuning says "
+                             "nothing about the result; choose others")
+        args.out.mkdir(parents=True, exist_ok=True)
+        seeds = args.tune_seeds + args.seeds
+        all_of(prepare, [(seed, args.out / f"prepare-s{seed}.log") for seed in seeds], args.jobs, "worlds")
+        strengths = tune(args)
+
+        jobs = []                                # world by world
+        for seed in args.seeds:
+            for name, x in strengths.items():
+                jobs.append(job_of(name, x, seed, args, ATTACKS, PROMPTS))
+            world = runs.world(runs.TINY, seed)
+            yardstick = world / "retrained"
+            jobs.append(Job(yardstick, args.out / f"retrained-s{seed}.log", world, [], ATTACKS, PROMPTS))
+        all_of(meet, [(job,) for job in jobs], args.jobs, "attacks")
+
+        found = [str(job.run) for job in jobs]
+        table = str(args.out / "table.json")
+        subprocess.run([sys.executable, str(ROOT / "evaluate.py"), *found, "--ppl_rows", "1", "--json", table,
+                        "--columns", *COLUMNS], check=True)
+        subprocess.run([sys.executable, str(ROOT / "assets/plot.py"), table, "--out", str(args.out)])

@@ -33,7 +33,7 @@ What it cannot see: parameters that are unfrozen later (make a new one), running
 move in the second pass, too: put such layers in eval mode), an optimizer (you call step() yourself).
 Precision: a perturbation is rounded to the parameter's dtype. In bf16, and with a small rho, its norm
 and direction can be far from what was asked for; stats has both.
-Memory: SAM needs weights + gradient + saved weights, which take the ascent gradient's own memory.
+Memory: SAM needs weights + gradient + moved weights, which take the ascent gradient's own memory.
 Speed: with kernels/ beside this file and parameters on a GPU, an operation on the weights is one launch.
 """
 import functools
@@ -53,14 +53,19 @@ def accumulator(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
+def is_spread(t):
+    """Does FSDP2 spread this tensor over processes (DTensor)? The type first: hasattr is slow."""
+    return type(t) not in (torch.Tensor, torch.nn.Parameter) and hasattr(t, "to_local")
+
+
 def local(t):
-    """What this process holds of a tensor that FSDP2 spreads over processes (DTensor); else itself."""
-    return t.to_local() if hasattr(t, "to_local") else t
+    """What this process holds of a tensor that is spread; else itself."""
+    return t.to_local() if is_spread(t) else t
 
 
 def over_processes(sum_, tensors):
     """A sum over local(t) of tensors -> over all of each t: added up in place where they are spread."""
-    spread = [t for t in tensors if hasattr(t, "to_local")]
+    spread = [t for t in tensors if is_spread(t)]
     if spread:
         torch.distributed.all_reduce(sum_, group=spread[0].device_mesh.get_group())
     return sum_
@@ -72,20 +77,21 @@ def global_norm(tensors):
         return torch.zeros(())
     norms = [torch.linalg.vector_norm(local(t), dtype=accumulator(t.dtype)) for t in tensors]
     norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
-    if hasattr(tensors[0], "to_local"):
+    if is_spread(tensors[0]):
         norm = over_processes(norm.square(), tensors).sqrt()
     return norm
 
 
-def pieces(p, d):
-    """Pairs of views of some rows of p and of d, of its shape: few enough for a CPU's cache, elsewhere
+def pieces(*tensors):
+    """Views of the same rows of each of some tensors of one shape: few enough for a CPU's cache, elsewhere
     2^24 elements, which bounds what a pass of several operations allocates."""
+    tensors = [local(t) for t in tensors]
+    p = tensors[0]
     if not p.dim():
-        return [(local(p), local(d))]
-    p, d = local(p), local(d)
+        return [tensors]
     size = 2**17 if p.device.type == "cpu" else 2**24
     rows = max(1, size * len(p) // max(1, p.numel()))
-    return zip(p.split(rows), d.split(rows))
+    return zip(*(t.split(rows) for t in tensors))
 
 
 def dots(step, d):
@@ -102,44 +108,80 @@ def compared(sums, params):
     return {"norm": norm, "applied_norm": applied, "cosine": cosine}
 
 
+def room_for(p, d, reuse):
+    """A tensor like p that may be overwritten: with reuse the direction d itself, if it is like p."""
+    alike = d.dtype == p.dtype and d.stride() == p.stride()
+    return d if reuse and alike else torch.empty_like(p)
+
+
+def moved(w, d, scale, linf):
+    """(w + scale d rounded to w's dtype, dots() of the step that is left and d) of one tensor; linf: of d's
+    signs, and an element of d that is not finite moves nothing and makes the dots nan."""
+    dtype = accumulator(w.dtype)
+    old = w.to(dtype)
+    if linf:
+        moves = d.isfinite() if d.is_floating_point() else None
+        d = d.sign().to(dtype)
+        new = torch.add(old, d, alpha=scale)
+        if moves is not None:
+            new = torch.where(moves, new, old)
+            d = torch.where(moves, d, torch.nan)
+    else:
+        d = d.to(dtype)
+        new = torch.where(scale == 0, old, old + scale * d)          # 0 * inf would be nan
+    new = new.to(w.dtype)
+    return new, dots(new.to(dtype) - old, d)
+
+
 @torch.no_grad()
-def ascent_(params, directions, rho, saved, reuse=True, eps=1e-12, linf=False):
+def ascent_(params, directions, rho, saved, reuse=True, eps=1e-12, linf=False, swap=False):
     """theta <- theta + rho d / (||d|| + eps) in place; linf: theta <- theta + rho sign(d). No host sync.
 
     Returns 0-dim {norm, applied_norm, cosine}: of d or sign(d), of the step that rounding left, between
     them. directions: gradients, or with linf also int8 signs kept from earlier ones. saved: a list that
     grows by (parameter, old weights) *before* a parameter moves, so that restore_(saved) is right even
-    when this is interrupted. reuse: the old weights go into the direction's own memory where the dtypes
-    agree (its values are lost), otherwise into a copy. A zero or non-finite norm moves nothing; with
-    linf a non-finite element does not move, and the norm is nan.
+    when this is interrupted. reuse: what has to be written beside the weights goes into the direction's
+    own memory where the dtypes agree (its values are lost), otherwise into a new tensor: the old weights,
+    or with swap the moved ones, to which p.data then points: the weights themselves are not touched. A zero or
+    non-finite norm moves nothing; with linf a non-finite element does not move, and the norm is nan.
     """
     device = params[0].device if params else None
     norm = torch.zeros((), device=device) if linf else global_norm(directions)
-    ok = torch.isfinite(norm) & (norm > 0)
-    scale = torch.where(ok, rho / (norm + eps), 0.0)
-    sums = [torch.zeros(3, dtype=norm.dtype, device=device)]     # step^2, step d, d^2 of each piece
+    scale = rho if linf else torch.where(norm.isfinite() & (norm > 0), rho / (norm + eps), 0.0)
+    sums = [torch.zeros(3, dtype=norm.dtype, device=device)]
     for p, d in zip(params, directions):
-        for p, d in pieces(p, d):
-            wide = d.to(accumulator(p.dtype))
-            old = p.to(wide.dtype)
-            if linf:
-                moves = wide.isfinite()
-                wide = torch.where(moves, wide.sign(), torch.nan)
-                new = torch.where(moves, old + rho * wide, old).to(p.dtype)
+        beside = room_for(p, d, reuse)
+        if swap:
+            saved.append((p, p.data))
+        here = scale if linf else scale.to(p.device)
+        for w, along, other in pieces(p, d, beside):
+            new, products = moved(w, along, here, linf)
+            sums.append(products.to(device))
+            if swap:
+                other.copy_(new)
             else:
-                new = torch.where(ok.to(p.device), old + scale.to(p.device) * wide, old).to(p.dtype)
-            step = new.to(wide.dtype) - old                      # what survived the rounding
-            sums.append(dots(step, wide).to(device))
-            saved.append((p, d.copy_(p) if reuse and d.dtype == p.dtype else p.clone()))
-            p.copy_(new)
+                saved.append((w, other.copy_(w)))
+                w.copy_(new)
+        if swap:
+            point(p, beside)
     stats = compared(sums, params)
     return stats if linf else stats | {"norm": norm}             # the same, but for rounding, inf and nan
 
 
+def point(p, data):
+    """Let the parameter's weights be `data`, a tensor like it; a backward pass that saw others is an error."""
+    p.data = data
+    torch.autograd.graph.increment_version(p)
+
+
 @torch.no_grad()
-def restore_(saved):
-    """Copy the old weights back, bit for bit, and empty the list. A copy, never a subtraction."""
-    if saved:
+def restore_(saved, swap=False):
+    """Put back the old weights of (parameter, old weights), bit for bit, and empty the list: by a copy, or
+    after ascent_(swap=True) by pointing p.data at them, which moves nothing."""
+    if swap:
+        for p, old in saved:
+            point(p, old)
+    elif saved:
         torch._foreach_copy_([local(p) for p, _ in saved], [local(w) for _, w in saved])
     saved.clear()
 
@@ -156,7 +198,7 @@ def noise_(params, sigma, seed):
             generators[p.device] = torch.Generator(p.device).manual_seed(seed)
         dtype = accumulator(p.dtype)
         z = torch.randn(p.shape, generator=generators[p.device], device=p.device, dtype=dtype)
-        if hasattr(p, "to_local"):       # z is whole in every process: the same for any number of them
+        if is_spread(p):                 # z is whole in every process: the same for any number of them
             from torch.distributed.tensor import distribute_tensor
             z = distribute_tensor(z, p.device_mesh, p.placements, src_data_rank=None)
         p, z = local(p), local(z)
@@ -185,11 +227,11 @@ def kernel_file(name):
 
 
 def operations(params, triton=None):
-    """(whose ascent_, restore_, noise_ and running_mean_ to use on params, why): kernels/multi_tensor.py
-    or the torch ones above. triton: True = the kernels, ValueError where they cannot run; False = torch;
+    """(whose ascent_, restore_, noise_, running_mean_ and global_norm to use on params, why):
+    kernels/multi_tensor.py or the torch ones above. triton: True = the kernels, ValueError where they cannot run; False = torch;
     None = the kernels if all parameters are on a GPU, or if TRITON_INTERPRET=1 (slow, for tests)."""
     plain = types.SimpleNamespace(__name__="torch", ascent_=ascent_, restore_=restore_, noise_=noise_,
-                                  running_mean_=running_mean_)
+                                  running_mean_=running_mean_, global_norm=global_norm)
     if triton is False:
         return plain, "asked for"
     interpret = os.environ.get("TRITON_INTERPRET") == "1"
@@ -244,8 +286,8 @@ def take_grads(params):
             continue
         if g.is_sparse:
             raise ValueError("gradients must be dense: use sparse=False for the embedding")
-        if not hasattr(g, "to_local"):                           # FSDP2's are new at every step
-            memory = g.untyped_storage().data_ptr()
+        if not is_spread(g):                                     # FSDP2's are new at every step
+            memory = g.data_ptr()
             if g._is_view() or memory in memories:
                 g = g.clone()
             memories.add(memory)
@@ -296,9 +338,13 @@ class SAM:
     stats: 0-dim {norm, asked_norm, applied_norm, cosine}: of d or its signs, of rho v, of the step that
     was applied, of that step with v. Reading one stalls a GPU. A norm of inf or nan says that d was so.
     length: with l2, a function of {parameter: d} to a 0-dim tensor, which rho then bounds instead of ||d||.
+    swap: the weights are never written: the moved ones take the memory of d, and p.data points there until
+    restore(). Set SAM.swap = False where somebody keeps addresses: a CUDA graph of the forward pass, a flat
+    buffer that is read instead of the parameters. FSDP2's shards are moved in place.
     """
     copies = 1
     length = None
+    swap = True
 
     def __init__(self, params, rho=0.01, norm="l2", perturb=None, flip=False, triton=None):
         if not isinstance(rho, (int, float)) or not rho >= 0 or norm not in ("l2", "linf"):
@@ -309,6 +355,7 @@ class SAM:
             raise ValueError("SAM: perturb has parameters that params has not")
         self.radius = -rho if flip else rho
         self.linf = norm == "linf"
+        self.swap = self.swap and not any(map(is_spread, self.perturb))
         self.saved = []
         self.stats = {}
         self.ops = operations(self.params, triton)[0]
@@ -319,7 +366,7 @@ class SAM:
 
     def ascent(self, directions=None):
         """Move the weights by rho along `directions` ({parameter: tensor}, kept), by default along
-        p.grad, whose memory then holds the old weights. p.grad is None afterwards."""
+        p.grad, whose memory is then used. p.grad is None afterwards."""
         self.refuse_twice()
         grads = take_grads(self.params)
         own = directions is None
@@ -327,13 +374,15 @@ class SAM:
 
     def move(self, directions, radius, saved, reuse=True):
         """One step of ascent_ on those of self.perturb that have a direction."""
-        params = [p for p in self.perturb if p in directions]
+        params = self.perturb
+        if directions.keys() != {*params}:
+            params = [p for p in params if p in directions]
         along = [directions[p] for p in params]
         flipped = radius < 0
         if self.length:
             length = self.length(dict(zip(params, along)))
             radius = radius * torch.where(length > 0, global_norm(along) / length, 0.0)
-        stats = self.ops.ascent_(params, along, radius, saved, reuse=reuse, linf=self.linf)
+        stats = self.ops.ascent_(params, along, radius, saved, reuse=reuse, linf=self.linf, swap=self.swap)
         stats["asked_norm"] = abs(radius) * (stats["norm"] if self.linf else stats["norm"] > 0)
         if flipped:
             stats["cosine"] = -stats["cosine"]                   # with what was asked for
@@ -342,7 +391,7 @@ class SAM:
 
     def restore(self):
         """Put the weights back, bit for bit."""
-        self.ops.restore_(self.saved)
+        self.ops.restore_(self.saved, swap=self.swap)
         torch.clear_autocast_cache()
 
     @contextmanager
@@ -365,25 +414,40 @@ class SAM:
 
 
 class Momentum(SAM):
-    """SAM along d = the gradient that the last call returned, one pass; the first call moves nothing.
-    `kept` holds d: with linf its signs as int8 (which cannot tell inf and nan), else whole."""
+    """SAM along d = the gradient that the last call returned, one pass; the first call moves nothing, nor does
+    the one after an exception. `kept` holds d between calls: with linf its signs as int8 (which cannot tell
+    inf and nan), else whole."""
 
     def __init__(self, params, *args, **more):
         super().__init__(params, *args, **more)
         self.kept = {}
-        self.copies = 2
-        if self.linf and self.params:
-            self.copies = 1 + 1 / self.params[0].element_size()
+
+    def take_kept(self):
+        """Move the directions out of `kept`, so that they are gone when the pass needs the memory."""
+        kept = self.kept
+        self.kept = {}
+        return kept
 
     @on_top
     def __call__(self, closure):
-        with self.perturbed(self.kept):
+        self.refuse_twice()
+        try:
+            self.move(self.take_kept(), self.radius, self.saved)
             loss = closure()
-        self.kept = {}
+        finally:
+            self.restore()
         for p in self.perturb:
             if p.grad is not None:
-                self.kept[p] = p.grad.sign().to(torch.int8) if self.linf else p.grad.clone()
+                self.kept[p] = signs(p.grad) if self.linf else p.grad.clone()
         return loss
+
+
+def signs(g):
+    """The signs of a tensor as int8."""
+    out = torch.empty_like(g, dtype=torch.int8)
+    for to, part in pieces(out, g):
+        to.copy_(part.sign())
+    return out
 
 
 class Lookahead(SAM):
@@ -401,7 +465,7 @@ class Lookahead(SAM):
         self.refuse_twice()
         try:
             for p in self.perturb:
-                self.saved.append((p, p.detach().clone()))
+                self.saved.append((p, p.data if self.swap else p.detach().clone()))
             for _ in range(self.steps):
                 attack()
                 self.move(take_grads(self.params), -self.radius / self.steps, saved=[])

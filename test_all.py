@@ -526,6 +526,27 @@ class Smoothers(unittest.TestCase):
                 self.assertIsNone(p.grad)
             self.assertTrue(torch.equal(p, torch.ones(2)))
 
+    def test_a_backward_pass_over_weights_that_were_swapped_is_an_error(self):
+        net = Network()
+        smoother = sam.SAM(net.params, 0.1)
+        before = net.loss(net.params)
+        net.loss(net.params).backward()
+        with smoother.perturbed():
+            self.assertRaisesRegex(RuntimeError, "inplace", before.backward)
+            inside = net.loss(net.params)
+        self.assertRaisesRegex(RuntimeError, "inplace", inside.backward)
+
+    def test_the_weights_are_written_in_place_only_where_that_was_asked_for(self):
+        for swap in (True, False):
+            net = Network()
+            addresses = [p.data_ptr() for p in net.params]
+            with mock.patch.object(sam.SAM, "swap", swap):
+                smoother = sam.SAM(net.params, 0.1)
+            net.loss(net.params).backward()
+            with smoother.perturbed():
+                self.assertEqual([p.data_ptr() for p in net.params] == addresses, not swap)
+            self.assertEqual([p.data_ptr() for p in net.params], addresses)
+
     def test_noise_is_standard_normal_times_sigma_and_follows_the_seed(self):
         a, b, c = torch.zeros(3, 200_000)
         for tensor, seed in ((a, 1), (b, 1), (c, 2)):
@@ -721,6 +742,29 @@ class Kernels(unittest.TestCase):
             mt.restore_(saved, chunk=chunk)
             self.assertTrue(same(w, old) and not saved)
 
+    def test_swapping_gives_bit_for_bit_what_moving_in_place_does_and_writes_no_weights(self):
+        kinds = [(FULL, False), (HALF, False), (FULL, True), (HALF, True), (torch.int8, True)]
+        for dtype, (given, linf), reuse, ops in itertools.product((FULL, HALF), kinds, (False, True), (sam, mt)):
+            first = randn(SIZES, dtype, 1, 0.05)
+            d = randn(SIZES, given, 2, 3)
+            saved = []
+            want = copies(first)
+            stats = ops.ascent_(want, copies(d), 0.5, saved, reuse, linf=linf)
+            params = list(map(torch.nn.Parameter, copies(first)))
+            places = [p.data_ptr() for p in params]
+            weights = [p.detach() for p in params]
+            along = copies(d)
+            swapped = []
+            told = ops.ascent_(params, along, 0.5, swapped, reuse, linf=linf, swap=True)
+            self.assertTrue(same(params, want) and same(weights, first))
+            self.assertTrue(same(list(told.values()), list(stats.values())))
+            own = [p.data_ptr() == x.data_ptr() for p, x in zip(params, along) if p.numel()]
+            self.assertEqual(own, [reuse and given == dtype] * len(own))
+            with torch.no_grad():
+                params[0].add_(1)                                    # whoever writes there, writes beside
+            ops.restore_(swapped, swap=True)
+            self.assertTrue(same(params, first) and [p.data_ptr() for p in params] == places)
+
     def test_misaligned_transposed_and_scalar_views_move_and_nothing_around_them(self):
         around = torch.ones(300, dtype=torch.bool)
         for view in five_views(around):
@@ -817,8 +861,8 @@ class Kernels(unittest.TestCase):
         fours = adam_rows([3, 70], (FULL,) * 4) + adam_rows([5, 8], (HALF,) * 4)
         rows = [(*four, adamw.scalars(1, 0.1, (0.9, 0.9), 1e-8, 0), 0, 1) for four in fours]
         for kernels, work, *args in (("noise", mt.noise_, params, 0.1, 1), ("adamw", adamw.adamw_, rows),
-                                     ("sumsq ascent copy", there_and_back, "l2"),
-                                     ("ascent copy", there_and_back, "linf"),
+                                     ("sumsq ascent", there_and_back, "l2"),
+                                     ("ascent", there_and_back, "linf"),
                                      ("copy", mt.running_mean_, mean, params, 2)):
             with launches() as names:
                 work(*args)

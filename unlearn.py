@@ -287,6 +287,7 @@ class Unlearning:
         if not args.lora:
             self.named = train_only(model, args.train_modules)
         self.params = [p for _, p in self.named]
+        self.norm = sam.operations(self.params, args.triton)[0].global_norm
         perturb = [p for _, p in matching(self.named, "sam_modules", args.sam_modules)]
         inside, averaged = parse_smooth(args.smooth)
         self.smoother = SMOOTHERS[inside](args, self.params, perturb)
@@ -335,7 +336,8 @@ class Unlearning:
             f_loss = self.smoother(descend)
         r_loss = take(self.retain, retain, args.rmu_alpha if args.loss == "rmu" else args.gamma)
         penalty = self.penalty(i) if self.penalty else {}
-        norm = processes.whole(torch.nn.utils.clip_grad_norm_(self.params, args.clip or math.inf))
+        norm = optimizers.clipped_step(optimizer, self.params, args.clip, self.norm)
+        optimizer.zero_grad(set_to_none=True)
         values = {"forget": f_loss, "retain": r_loss, "grad_norm": norm,
                   **getattr(self.smoother, "stats", {}), **penalty}
         numbers = [torch.as_tensor(v, dtype=torch.float32, device=norm.device) for v in values.values()]
@@ -343,8 +345,6 @@ class Unlearning:
         if not all(map(math.isfinite, values.values())):
             raise InputError(f"step {i + 1}: a loss or gradient is not finite ({values}); stopped, nothing "
                              "written; lower --lr or --sam_rho, or use --param_dtype float32")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         if self.average and i >= args.wa_start and (i - args.wa_start) % args.wa_every == 0:
             self.average.update()
         return {"lr": lr, **values}

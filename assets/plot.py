@@ -1,11 +1,12 @@
-"""Draw what evaluate.py --json wrote: UE in bars, UE while relearning, the loss around the weights, UE against UT.
+"""Draw what evaluate.py --json wrote: UE in bars, UE while relearning, the loss around the weights, UE against UT,
+and what every attack left.
 
     pip install matplotlib
     python evaluate.py out/* --landscape 21 --json table.json
     python assets/plot.py table.json                    # writes assets/*.png
 
 A picture without data is named and left out: relearn_curves.png takes relearn.py --curve_every 1 on every run,
-landscape.png takes evaluate.py --landscape.
+landscape.png takes evaluate.py --landscape, attacks.png takes --columns, as data/tiny/compare.py gives them.
 """
 import io
 import itertools
@@ -48,7 +49,7 @@ def chance(ax):
     ax.text(1.01, 0.75, "chance", color="0.4", size=8, va="center", transform=ax.get_yaxis_transform())
 
 
-def ue_bars(plt, methods):
+def ue_bars(plt, methods, columns):
     """UE after unlearning and after each relearning budget."""
     bars = {}                                    # label -> {method: cell}
     for name, m in methods.items():
@@ -72,7 +73,7 @@ def ue_bars(plt, methods):
     return figure
 
 
-def relearn_curves(plt, methods):
+def relearn_curves(plt, methods, columns):
     """UE along the largest relearning budget; None without the curves."""
     if not all(m["curve"] for m in methods.values()):
         return None
@@ -89,7 +90,7 @@ def relearn_curves(plt, methods):
     return figure
 
 
-def landscape(plt, methods):
+def landscape(plt, methods, columns):
     """How the forget loss changes around the weights: surface and contours, one scale for all; None without."""
     from matplotlib.ticker import MaxNLocator
     if not all(m["landscape"] for m in methods.values()):
@@ -126,7 +127,7 @@ def landscape(plt, methods):
     return figure
 
 
-def ue_ut(plt, methods):
+def ue_ut(plt, methods, columns):
     """Forgetting against utility, one point a seed and the mean."""
     figure, ax = plt.subplots(figsize=(3.4, 2.8))
     for (name, m), (color, marker, _) in zip(methods.items(), itertools.cycle(INK)):
@@ -145,6 +146,32 @@ def ue_ut(plt, methods):
     ax.locator_params(nbins=5)
     ax.margins(0.15)
     ax.legend(loc="upper left", bbox_to_anchor=(1.12, 1))
+    return figure
+
+
+def attacks(plt, methods, columns):
+    """UE of every method after every attack in the columns, a row a method; None without columns."""
+    columns = [c for c in columns if c["measure"] in ("UE", "held out") or c["column"] == "UE"]
+    if not columns:
+        return None
+    left = np.full((len(methods), len(columns)), np.nan)
+    for row, m in zip(left, methods.values()):
+        for i, c in enumerate(columns):
+            found = cells(m, c["measure"], c["attack"]).get(c["column"])
+            row[i] = found["mean"] if found else np.nan
+    figure, ax = plt.subplots(figsize=(1.4 + 0.55 * len(columns), 1.2 + 0.24 * len(methods)))
+    shade = ax.imshow(left, cmap="cividis", vmin=0, vmax=0.75, aspect="auto")
+    for (i, k), value in np.ndenumerate(left):
+        ax.text(k, i, f"{value:.2f}".removeprefix("0"), ha="center", va="center", size=7,
+                color="black" if value > 0.45 else "white")
+    titles = []
+    for c in columns:
+        measure = "" if c["measure"] in ("UE", "scores") else c["measure"]
+        titles.append(" ".join(filter(None, [c["attack"] or "before", measure, c["column"]])))
+    ax.set(xticks=range(len(columns)), yticks=range(len(methods)), yticklabels=methods)
+    ax.set_xticks(range(len(columns)), titles, rotation=40, ha="right", size=8)
+    ax.tick_params(length=0)
+    figure.colorbar(shade, ax=ax, label="UE; chance .75")
     return figure
 
 
@@ -168,13 +195,15 @@ if __name__ == "__main__":
         if not args.json.is_file():
             raise InputError(f"{args.json} is missing: evaluate.py RUN... --json {args.json} writes it")
         fix = "evaluate.py RUN... --json writes it"
-        methods = formats.read_json(args.json, fix, methods=dict)["methods"]
+        table = formats.read_json(args.json, fix, methods=dict)
+        methods = table["methods"]
         if not methods:
             raise InputError(f"{args.json}:1: no methods in it: {fix}")
         pictures = {}                            # all of them, before any is written
         try:
-            for draw in (ue_bars, relearn_curves, landscape, ue_ut):
-                pictures[args.out / f"{draw.__name__}.png"] = in_bytes(plt, draw(plt, methods))
+            for draw in (ue_bars, relearn_curves, landscape, ue_ut, attacks):
+                figure = draw(plt, methods, table.get("columns", []))
+                pictures[args.out / f"{draw.__name__}.png"] = in_bytes(plt, figure)
         except (LookupError, TypeError, ValueError, AttributeError) as e:
             raise InputError(f"{args.json}: not as evaluate.py writes it ({draw.__name__}: {e}): {fix}")
         args.out.mkdir(parents=True, exist_ok=True)

@@ -7,10 +7,12 @@ A zeroth-order step has no backward pass of the forget and retain loss: it estim
 the loss on both sides of the weights. The estimate is added to p.grad as a backward pass would, so that
 smoothers, clipping and weight decay go on as ever.
 """
+import math
+
 import torch
 
 import sam
-from data import runs
+from data import processes, runs
 from data.formats import InputError
 
 
@@ -56,6 +58,19 @@ def estimate_(params, value, mu, directions, seed, weight=1.0):
             step = direction.mul_(slope)
             p.grad = step if p.grad is None else p.grad + step
     return mean
+
+
+def clipped_step(optimizer, params, clip, norm_of):
+    """Clip the gradients to a norm of `clip` (0: not) and step; returns their norm before, 0-dim. norm_of: of a
+    list of tensors. kernels/adamw.py clips on the way, which saves a pass over the gradients, and where the
+    norm is not finite it moves nothing."""
+    if not hasattr(optimizer, "skipped"):
+        norm = torch.nn.utils.clip_grad_norm_(params, clip or math.inf)
+        optimizer.step()
+        return processes.whole(norm)
+    norm = norm_of([p.grad for p in params if p.grad is not None])
+    optimizer.step(coefficient=sam.kernel_file("adamw").clip_coefficient(norm, clip))
+    return norm
 
 
 def is_zeroth(args, step):

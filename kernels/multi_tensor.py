@@ -1,18 +1,18 @@
 """Triton kernels over all parameters of a model at once: norm, ascent, restore, noise, running mean.
 
-    saved = []                                   # Needs torch and Triton; copy it alone.
-    ascent_(params, grads, 0.01, saved)          # theta + 0.01 g / ||g||; the old weights go into grads
-    restore_(saved)                              # back, bit for bit
+    saved = []                                           # Needs torch and Triton; copy it alone.
+    ascent_(params, grads, 0.01, saved, swap=True)       # theta + 0.01 g / ||g||, in the memory of grads
+    restore_(saved, swap=True)                           # back: p.data points at the weights again
 
 WHY. SAM climbs along the gradient and comes back, at every step. In a Python loop that is several
 launches a tensor and copies of the weights; here each operation is one launch for every (parameter
-dtype, gradient dtype) pair, however many tensors there are.
+dtype, gradient dtype) pair, however many tensors there are, and with swap the weights are not written.
 HOW. The kernels read a table of addresses, so that models stay as they are: a grid of chunks, and for
 each chunk the tensor it belongs to and where it starts. Tensors may lie anywhere, also off alignment (a
 narrow variant takes those), in any order of dimensions, but without gaps.
 
-Bytes moved for a bf16 parameter: norm 2, ascent 8 (read w and g, write w and the old w into g),
-restore 4, noise 4, running mean 10.
+Bytes moved for a bf16 parameter: norm 2, ascent 6 (read w and g, write the moved w over g), restore
+none; in place, where addresses must stay, ascent 8 and restore 4; noise 4, running mean 10.
 PRECISION. All arithmetic is fp32, without fused multiply-add, stored with one rounding. Restore copies.
 DETERMINISM. One partial sum a chunk, then a small second reduction; no atomics. Noise follows from
 (seed, tensor, element) alone. Nothing here reads a value back to the host.
@@ -26,6 +26,7 @@ torch 2.13), 3.8.0 and 3.9.0: 16-byte accesses in full tiles, the floor, no spil
 a thread, 170 for signs as int8. The table of Mistral-7B's 291 tensors takes the host 3 ms.
 """
 import functools
+import operator
 from types import SimpleNamespace
 
 import torch
@@ -113,10 +114,12 @@ def _store_sums(part_ptr, moved, along, norm):
 
 @triton.jit
 def _sumsq_kernel(table_ptr, owner_ptr, start_ptr, part_ptr,
-                  A: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """part[c] = sum of squares of chunk c, fp32. Columns: g (dtype A). Reads each element once."""
-    row_ptr, start, size, full = _chunk(table_ptr, owner_ptr, start_ptr, 3, CHUNK, BLOCK)
-    g_ptr = _pointer(row_ptr, 1, start, A, ALIGNED)
+                  A: tl.constexpr, COLUMN: tl.constexpr, ROW: tl.constexpr,
+                  ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """part[c] = sum of squares of chunk c, fp32, of the tensors in COLUMN (dtype A) of a table of ROW
+    columns. Reads each element once."""
+    row_ptr, start, size, full = _chunk(table_ptr, owner_ptr, start_ptr, ROW, CHUNK, BLOCK)
+    g_ptr = _pointer(row_ptr, COLUMN, start, A, ALIGNED)
     acc = tl.zeros((BLOCK,), tl.float32)
     for FULL in tl.static_range(1, -1, -1):
         for i in range(0 if FULL else full, full if FULL else size, BLOCK):
@@ -129,11 +132,11 @@ def _sumsq_kernel(table_ptr, owner_ptr, start_ptr, part_ptr,
 
 @triton.jit
 def _ascent_kernel(table_ptr, owner_ptr, start_ptr, scale_ptr, part_ptr,
-                   A: tl.constexpr, B: tl.constexpr, LINF: tl.constexpr,
+                   A: tl.constexpr, B: tl.constexpr, LINF: tl.constexpr, SWAP: tl.constexpr,
                    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """w <- w + scale * d, where LINF makes d its sign, s <- the old w; part[c] = sums of step^2, step d
-    and, with LINF, d^2 over chunk c. Columns: w (dtype A), d (B), s (A), which may be d's own memory.
-    Reads w and d once, writes w and s once."""
+    """w <- w + scale * d, where LINF makes d its sign, s <- the old w; with SWAP s <- w + scale * d alone;
+    part[c] = sums of step^2, step d and, with LINF, d^2 over chunk c. Columns: w (dtype A), d (B), s (A),
+    which may be d's own memory. Reads w and d once, writes s and without SWAP w once."""
     row_ptr, start, size, full = _chunk(table_ptr, owner_ptr, start_ptr, 5, CHUNK, BLOCK)
     w_ptr = _pointer(row_ptr, 1, start, A, ALIGNED)
     d_ptr = _pointer(row_ptr, 2, start, B, ALIGNED)
@@ -158,8 +161,9 @@ def _ascent_kernel(table_ptr, owner_ptr, start_ptr, scale_ptr, part_ptr,
             else:
                 step = scale * d
             new = tl.where(scale == 0, wide, wide + step).to(A)  # 0 says: stay; 0 * inf would be nan
-            tl.store(s_ptr + offs, w, mask=inside)               # over d: by the thread that read it
-            tl.store(w_ptr + offs, new, mask=inside)
+            tl.store(s_ptr + offs, new if SWAP else w, mask=inside)          # over d: by who read it
+            if not SWAP:
+                tl.store(w_ptr + offs, new, mask=inside)
             step = new.to(tl.float32) - wide                     # what survived the rounding
             moved += step * step
             along += step * d
@@ -272,24 +276,9 @@ def _shards(t):
     return tuple(groups), number
 
 
-def tables(columns, chunk=CHUNK):
-    """What a launch needs, for each group of rows of columns (lists of tensors; a row has one shape) of
-    one device, dtypes and sharding. A tensor that is in the first column twice (a tied weight) counts
-    once. ValueError for a chunk, device or dtype without kernel, for gaps in memory, and for a row whose
-    elements lie in different orders: a pass over raw memory would be wrong."""
-    if not isinstance(chunk, int) or chunk < 16 or chunk & (chunk - 1):
-        raise ValueError(f"chunk must be a power of two from 16, got {chunk}")
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("the kernels cannot be captured in a CUDA graph: it would replay today's "
-                           "addresses; use triton=False, or leave them out of the graph")
-    groups = {}
-    seen = set()
-    for row, tensors in enumerate(zip(*columns, strict=True)):
-        if id(tensors[0]) in seen:
-            continue
-        seen.add(id(tensors[0]))
-        shards, number = [_shards(t) for t in tensors][0]
-        tensors = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+def _refuse(columns, rows):
+    """ValueError for what the kernels cannot take, a row after the other; rows: their numbers."""
+    for row, tensors in zip(rows, zip(*columns)):
         first = tensors[0]
         if first.is_cuda == INTERPRETED:
             raise ValueError(f"tensor {row} is on {first.device}: the kernels take GPU tensors, or CPU "
@@ -301,22 +290,100 @@ def tables(columns, chunk=CHUNK):
                 raise ValueError(f"tensor {row} of {tuple(t.shape)}, strides {t.stride()}, has gaps or "
                                  f"another order than {tuple(first.shape)}, {first.stride()}: make it "
                                  "contiguous(), or use triton=False")
-        key = (first.device, tuple(t.dtype for t in tensors), shards)
-        group = groups.setdefault(key, SimpleNamespace(rows=[], tensors=[], lines=[]))
-        group.rows.append(row)
-        group.tensors.append(tensors)                                # kept alive until the launch
-        group.lines.append([first.numel(), *(t.data_ptr() for t in tensors), row + (number << 20)])
-    for (device, dtypes, shards), group in groups.items():
-        owner, start = chunk_map(tuple(line[0] for line in group.lines), device, chunk)
-        table = torch.tensor(group.lines, pin_memory=device.type == "cuda")     # the copy does not wait
-        group.device = device
-        group.shards = shards
-        group.head = (table.to(device, non_blocking=True), owner, start)
-        group.grid = (len(owner),)
-        group.types = [TYPES[t] for t in dtypes]
-        group.block = min(chunk, TURN // min(t.itemsize for t in dtypes))
-        group.aligned = all(address % 16 == 0 for line in group.lines for address in line[1:-1])
-    return list(groups.values())
+
+
+def _dense(columns):
+    """Is every tensor contiguous, of its row's shape, and of a dtype and on a device that have kernels? Then
+    there is nothing to refuse. A quick look, since it comes before every launch."""
+    for column in columns:
+        if not all([t.is_contiguous() for t in column]):
+            return False
+        if not all([t.shape == first.shape for t, first in zip(column, columns[0])]):
+            return False
+        if {t.dtype for t in column} - TYPES.keys() or {t.is_cuda for t in column} - {not INTERPRETED}:
+            return False
+    return True
+
+
+def tables(columns, chunk=CHUNK):
+    """What a launch needs, for each group of rows of columns (lists of tensors; a row has one shape) of
+    one device, dtypes, alignment and sharding. A tensor that is in the first column twice (a tied weight)
+    counts once. ValueError for a chunk, device or dtype without kernel, for gaps in memory, and for a row
+    whose elements lie in different orders: a pass over raw memory would be wrong."""
+    if not isinstance(chunk, int) or chunk < 16 or chunk & (chunk - 1):
+        raise ValueError(f"chunk must be a power of two from 16, got {chunk}")
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("the kernels cannot be captured in a CUDA graph: it would replay today's "
+                           "addresses; use triton=False, or leave them out of the graph")
+    first = {}
+    for row, t in enumerate(columns[0]):
+        first.setdefault(id(t), row)
+    rows = list(first.values())
+    columns = [_pick(column, rows) for column in columns]
+    shards = [((), 0)] * len(rows)
+    if {type(t) for column in columns for t in column} - {torch.Tensor, torch.nn.Parameter}:
+        shards = list(map(_shards, columns[0]))
+        columns = [list(map(_local, column)) for column in columns]
+    if not _dense(columns):
+        _refuse(columns, rows)
+    lines = [[t.numel() for t in columns[0]]]
+    low = [0] * len(rows)                        # all addresses of a row, ORed
+    for column in columns:
+        lines.append([t.data_ptr() for t in column])
+        low = list(map(operator.or_, low, lines[-1]))
+    lines.append([row + (number << 20) for row, (_, number) in zip(rows, shards)])
+    aligned = [bits % 16 == 0 for bits in low]
+    groups = [over for over, _ in shards]
+    dtypes = [[t.dtype for t in column] for column in columns]
+    found = []
+    for places in _alike([[t.get_device() for t in columns[0]], aligned, groups, *dtypes]):
+        group = _group([_pick(column, places) for column in columns], [_pick(line, places) for line in lines], chunk)
+        group.rows = _pick(rows, places)
+        group.aligned = aligned[places[0]]
+        group.shards = groups[places[0]]
+        found.append(group)
+    return found
+
+
+def _alike(kinds):
+    """Lists of the places at which all lists of `kinds` agree; quick where there is one."""
+    count = len(kinds[0])
+    if all(len(set(kind)) == 1 for kind in kinds):
+        return [range(count)]
+    places = {}
+    for i, key in enumerate(zip(*kinds)):
+        places.setdefault(key, []).append(i)
+    return list(places.values())
+
+
+def _group(columns, lines, chunk):
+    """What a launch over these columns needs, of one device and of one dtype each; lines: sizes, addresses of each
+    column, numbers."""
+    device = columns[0][0].device
+    dtypes = [column[0].dtype for column in columns]
+    table = torch.tensor(lines).T.contiguous()                                       # (n, ROW)
+    if device.type == "cuda":
+        table = table.pin_memory()               # so that the copy does not wait
+    owner, start = chunk_map(tuple(lines[0]), device, chunk)
+    return SimpleNamespace(tensors=columns, device=device, types=[TYPES[dtype] for dtype in dtypes],
+                           block=min(chunk, TURN // _narrowest(dtypes)), grid=(len(owner),),
+                           head=(table.to(device, non_blocking=True), owner, start))
+
+
+def _pick(values, places):
+    """The values at some places of a list, in a list."""
+    return [values[i] for i in places]
+
+
+def _local(t):
+    """What this process holds of a DTensor; else itself."""
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
+def _narrowest(dtypes):
+    """Bytes of the narrowest dtype that a thread reads 16 bytes of; int8 signs go along in 4 or 8, since 16
+    would be as many weights, and too many registers."""
+    return min(dtype.itemsize for dtype in dtypes if dtype.is_floating_point)
 
 
 def _launch(kernel, group, chunk, *args, **constants):
@@ -326,7 +393,7 @@ def _launch(kernel, group, chunk, *args, **constants):
             kernel[group.grid](*group.head, *args, ALIGNED=group.aligned, CHUNK=chunk, BLOCK=group.block,
                                num_warps=4 if torch.version.hip else 8,      # 256 threads, also on AMD
                                enable_fp_fusion=False, **constants)
-        torch.autograd.graph.increment_version([row[0] for row in group.tensors])
+        torch.autograd.graph.increment_version(group.tensors[0])
 
 
 def _over_shards(sums, group):
@@ -360,14 +427,21 @@ def _trial(device):
 
 # ---- the operations --------------------------------------------------------------------------------
 
+def _sum_of_squares(groups, column, device, chunk):
+    """0-dim fp32: over the tensors in a column of all groups."""
+    square = torch.zeros((), device=device)
+    for group in groups:
+        part = torch.empty(group.grid, device=group.device)                                    # (C,)
+        _launch(_sumsq_kernel, group, chunk, part, A=group.types[column - 1], COLUMN=column,
+                ROW=len(group.types) + 2)
+        square += _over_shards(part.sum(), group).to(device)
+    return square
+
+
 def global_norm(tensors, chunk=CHUNK):
     """||.||_2 over all tensors together, 0-dim fp32 on the device of the first."""
-    square = torch.zeros((), device=tensors[0].device if tensors else None)
-    for group in tables([tensors], chunk):
-        part = torch.empty(group.grid, device=group.device)                                    # (C,)
-        _launch(_sumsq_kernel, group, chunk, part, A=group.types[0])
-        square += _over_shards(part.sum(), group).to(square.device)
-    return square.sqrt()
+    device = tensors[0].device if tensors else None
+    return _sum_of_squares(tables([tensors], chunk), 1, device, chunk).sqrt()
 
 
 def _stats(norm, sums):
@@ -377,45 +451,58 @@ def _stats(norm, sums):
     return {"norm": norm, "applied_norm": applied, "cosine": cosine}
 
 
-def ascent_(params, directions, rho, saved, reuse=True, eps=1e-12, linf=False, chunk=CHUNK):
+def ascent_(params, directions, rho, saved, reuse=True, eps=1e-12, linf=False, swap=False, chunk=CHUNK):
     """theta <- theta + rho d / (||d|| + eps) in place, or with linf theta <- theta + rho sign(d), which
     needs no norm. Returns 0-dim {norm, applied_norm, cosine}: of d or sign(d), of the step that
     rounding left, and between the two.
 
     directions: gradients, or with linf also signs kept from an earlier one, g.sign().to(torch.int8).
-    saved: a list that gets (parameter, old weights) for whatever moved. With reuse the old weights go
-    into the direction's own memory where dtypes agree, and its values are lost; otherwise into a new
-    buffer. A zero or non-finite norm moves nothing, and with linf a non-finite element does not move:
-    the norm returned tells (it is 0, inf or nan; with linf 0 or nan). An interrupt before, between or
-    after the launches leaves saved right; one inside a launch, under the interpreter only, does not.
+    saved: a list that gets (parameter, old weights) for whatever moved. What is written beside the weights
+    goes into the direction's own memory with reuse where dtypes agree, and its values are lost; otherwise
+    into a new buffer: the old weights, or with swap the moved ones, to which p.data then points. A zero or
+    non-finite norm moves nothing, and with linf a non-finite element does not move: the norm returned
+    tells (it is 0, inf or nan; with linf 0 or nan). An interrupt before, between or after the launches
+    leaves saved right; one inside a launch, under the interpreter only and without swap, does not.
     """
     device = params[0].device if params else None
+    beside = []
+    for p, d in zip(params, directions, strict=True):
+        alike = p.dtype == d.dtype and (p.is_contiguous() and d.is_contiguous() or p.stride() == d.stride())
+        beside.append(d if reuse and alike else torch.empty_like(p))
+    groups = tables([params, directions, beside], chunk)
     if linf:
         scale = torch.full((), rho, dtype=torch.float32, device=device)
     else:
-        norm = global_norm(directions, chunk)
+        norm = _sum_of_squares(groups, 2, device, chunk).sqrt()
         scale = torch.where(torch.isfinite(norm) & (norm > 0), rho / (norm + eps), 0.0)
-    into = []                                # where the old weights go
-    for p, d in zip(params, directions, strict=True):
-        into.append(d if reuse and p.dtype == d.dtype else torch.empty_like(p))
     sums = torch.zeros(3, device=device)
-    for group in tables([params, directions, into], chunk):
+    for group in groups:
         part = torch.full((*group.grid, 3), -1.0, device=group.device)       # no sum of squares is -1
         count = len(saved)
         try:
-            saved.extend([(params[row], into[row]) for row in group.rows])
+            for row in group.rows:
+                saved.append((params[row], params[row].data if swap else beside[row]))
             _launch(_ascent_kernel, group, chunk, scale.to(group.device), part, A=group.types[0],
-                    B=group.types[1], LINF=linf)
+                    B=group.types[1], LINF=linf, SWAP=swap)
+            for row in group.rows if swap else ():
+                params[row].data = beside[row]
         except BaseException:
-            if (part[:, 0] == -1).all():         # it never ran: the old weights are not there
+            if not swap and (part[:, 0] == -1).all():    # it never ran: the old weights are not there
                 del saved[count:]
             raise
         sums += _over_shards(part.sum(0), group).to(device)
     return _stats(sums[2].sqrt() if linf else norm, sums)
 
 
-def restore_(saved, chunk=CHUNK):
-    """Copy the old weights back, bit for bit, and empty the list of (parameter, old weights)."""
+def restore_(saved, swap=False, chunk=CHUNK):
+    """Put back the old weights of (parameter, old weights), bit for bit, and empty the list: by a copy, or
+    after ascent_(swap=True) by pointing p.data at them, which moves nothing."""
+    if swap:
+        for p, old in saved:
+            p.data = old
+        torch.autograd.graph.increment_version([p for p, _ in saved])        # a backward pass is an error
+        saved.clear()
+        return
     for p, w in saved:
         assert p.dtype == w.dtype, f"the saved weights are {w.dtype}, the parameter is {p.dtype}"
     for group in tables([[p for p, _ in saved], [w for _, w in saved]], chunk):

@@ -53,17 +53,20 @@ def moves(dtype, name):
     scaled = {"scale_ptr": "*fp32", **part}
     noise = {**part, "seed": "i64", "sigma": "fp32"}
     count = {"count": "fp32"}
-    l2 = {"A": w, "B": w, "LINF": False}
-    linf = {"A": w, "B": w, "LINF": True}
-    signs = {"A": w, "B": mt.tl.int8, "LINF": True}
+    square = {"A": w, "COLUMN": 2, "ROW": 5}                     # in the table of the ascent
+    l2 = {"A": w, "B": w, "LINF": False, "SWAP": True}
+    linf = {"A": w, "B": w, "LINF": True, "SWAP": True}
+    signs = {"A": w, "B": mt.tl.int8, "LINF": True, "SWAP": True}
+    shards = {"A": w, "B": w, "LINF": False, "SWAP": False}
     copy = {"A": w, "B": w, "MEAN": False}
     mean = {"A": mt.tl.float32, "B": w, "MEAN": True}
     both = [dtype, torch.int8]
     return [
-        Variant(f"norm {name}", mt._sumsq_kernel, part, {"A": w}, [dtype], size),
-        Variant(f"ascent l2 {name}", mt._ascent_kernel, scaled, l2, [dtype], 4 * size),
-        Variant(f"ascent linf {name}", mt._ascent_kernel, scaled, linf, [dtype], 4 * size),
-        Variant(f"ascent signs {name}", mt._ascent_kernel, scaled, signs, both, 3 * size + 1),
+        Variant(f"norm {name}", mt._sumsq_kernel, part, square, [dtype], size),
+        Variant(f"ascent l2 {name}", mt._ascent_kernel, scaled, l2, [dtype], 3 * size),
+        Variant(f"ascent linf {name}", mt._ascent_kernel, scaled, linf, [dtype], 3 * size),
+        Variant(f"ascent signs {name}", mt._ascent_kernel, scaled, signs, both, 2 * size + 1),
+        Variant(f"ascent in place {name}", mt._ascent_kernel, scaled, shards, [dtype], 4 * size),
         Variant(f"restore {name}", mt._copy_kernel, count, copy, [dtype], 2 * size),
         Variant(f"noise {name}", mt._noise_kernel, noise, {"A": w}, [dtype], 2 * size),
         Variant(f"mean {name}", mt._copy_kernel, count, mean, [torch.float32, dtype], 8 + size)]
@@ -83,10 +86,10 @@ def variants():
     half = torch.bfloat16
     full = torch.float32
     scaled = {"scale_ptr": "*fp32", "part_ptr": "*fp32"}
-    mixed = {"A": mt.tl.bfloat16, "B": mt.tl.float32, "LINF": False}
+    mixed = {"A": mt.tl.bfloat16, "B": mt.tl.float32, "LINF": False, "SWAP": True}
     return [
         *moves(half, "bf16"), *moves(full, "fp32"),
-        Variant("ascent l2 bf16, fp32 g", mt._ascent_kernel, scaled, mixed, [half, full], 10),
+        Variant("ascent l2 bf16, fp32 g", mt._ascent_kernel, scaled, mixed, [half, full], 8),
         step("bf16", half, half, False), step("bf16 stochastic", half, half, True),
         step("bf16, fp32 moments", half, full, False),
         step("bf16 stochastic, fp32 moments", half, full, True), step("fp32", full, full, False)]

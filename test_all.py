@@ -1,6 +1,6 @@
 """Everything that must hold.
 
-    python test_all.py                  # 174 tests, 200 s on 2 idle cores; pytest collects it too
+    python test_all.py                  # 178 tests, 200 s on 2 idle cores; pytest collects it too
     python test_all.py -k Smoothers     # what belongs to sam.py; the other classes are named in the banners
     python .ci/zoo.py                   # slow: 184 families of models through every script
 
@@ -263,13 +263,13 @@ class World(Folder):
     def break_off(self, name, at, *flags):
         """Such a run, with Ctrl-C in step `at`, counted from 1."""
         count = itertools.count(1)
-        clip = torch.nn.utils.clip_grad_norm_
+        step = optimizers.clipped_step
 
-        def clip_or_die(*args):
+        def step_or_die(*args):
             if next(count) == at:
                 raise KeyboardInterrupt
-            return clip(*args)
-        with mock.patch.object(torch.nn.utils, "clip_grad_norm_", clip_or_die):
+            return step(*args)
+        with mock.patch.object(optimizers, "clipped_step", step_or_die):
             status = run_here("unlearn.py", *self.flags, "--out", self.tmp / name, *flags)[0]
         self.assertEqual(status, 130)
 
@@ -860,7 +860,9 @@ class Kernels(unittest.TestCase):
         mean = [p.detach().float() for p in params]
         fours = adam_rows([3, 70], (FULL,) * 4) + adam_rows([5, 8], (HALF,) * 4)
         rows = [(*four, adamw.scalars(1, 0.1, (0.9, 0.9), 1e-8, 0), 0, 1) for four in fours]
+        clipped = (rows, 5, adamw.CHUNK, torch.tensor(0.5))
         for kernels, work, *args in (("noise", mt.noise_, params, 0.1, 1), ("adamw", adamw.adamw_, rows),
+                                     ("adamw", adamw.adamw_, *clipped),
                                      ("sumsq ascent", there_and_back, "l2"),
                                      ("ascent", there_and_back, "linf"),
                                      ("copy", mt.running_mean_, mean, params, 2)):
@@ -1068,6 +1070,7 @@ class AdamW(unittest.TestCase):
         w, g, m, v = adam_rows([20], (FULL,) * 4)[0]
         rest = (adamw.scalars(1, 1, (0, 0), 0, 0), 0, 1)
         for row, why in (((w.view(4, 5).T, g, m, v), "strides"), ((w[::2], g[::2], m, v), "strides"),
+                         ((w, g, m, v.view(4, 5)), "strides"), ((w, g[:10], m, v), "strides"),
                          ((w.double(), g, m, v), "float64"), ((w, g, m.bfloat16(), v), "bfloat16")):
             self.assertRaisesRegex(ValueError, why, adamw.adamw_, [(*row, *rest)])
         with mock.patch.object(adamw, "INTERPRETED", False):
@@ -1099,6 +1102,76 @@ class AdamW(unittest.TestCase):
             self.assertEqual([one.state[p]["step"] for p in params], [4, 4, 2])
             one.zero_grad()
             other.zero_grad()
+
+    def test_a_clipped_step_is_a_step_on_clipped_gradients_which_it_leaves_as_they_are(self):
+        for clip, path in itertools.product((0.5, 1e3), PATHS):
+            params = list(map(torch.nn.Parameter, randn([30, 5, 9], scale=0.1)))
+            others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+            exact = [torch.nn.Parameter(p.detach().double()) for p in params]
+            one = adamw.AdamW(params, lr=0.01, triton=path)
+            other = adamw.AdamW(others, lr=0.01, triton=False)
+            torchs = torch.optim.AdamW(exact, lr=0.01)
+            for step in range(3):
+                grads = randn([30, 5, 9], seed=step)
+                for p, q, r, g in zip(params, others, exact, grads):
+                    p.grad = g.clone()
+                    q.grad = g.clone()
+                    r.grad = g.double()
+                norm = torch.nn.utils.get_total_norm(grads)
+                one.step(coefficient=adamw.clip_coefficient(norm, clip))
+                self.assertTrue(same([p.grad for p in params], grads))
+                for optimizer, weights in ((other, others), (torchs, exact)):
+                    torch.nn.utils.clip_grad_norm_(weights, clip)
+                    optimizer.step()
+            for p, q, r in zip(params, others, exact):
+                self.assertTrue(same([p, *one.state[p].values()], [q, *other.state[q].values()]))
+                torch.testing.assert_close(p.detach().double(), r.detach(), rtol=1e-5, atol=1e-7)
+            self.assertEqual(one.skipped, 0)
+
+    def test_the_coefficient_is_that_of_torch_and_zero_for_a_norm_that_is_not_finite(self):
+        for norm, clip in itertools.product((0.0, 0.3, 1.0, 7.0, 1e30), (0.1, 1, 1e4)):
+            p = torch.nn.Parameter(torch.zeros(1))
+            p.grad = torch.ones(1)
+            torch.nn.utils.clip_grads_with_norm_([p], clip, torch.tensor(norm))
+            self.assertTrue(same([adamw.clip_coefficient(torch.tensor(norm), clip)[None]], [p.grad]))
+        for norm, clip in itertools.product((math.inf, math.nan), (0, 1.0)):
+            self.assertEqual(adamw.clip_coefficient(torch.tensor(norm), clip), 0)
+        self.assertEqual(adamw.clip_coefficient(torch.tensor(7.0, dtype=HALF), 0), 1)
+
+    def test_a_coefficient_of_zero_inf_or_nan_moves_nothing_and_is_counted(self):
+        for path, dtype in itertools.product(PATHS, (FULL, HALF)):
+            params = list(map(torch.nn.Parameter, randn([70, 5], dtype, scale=0.02)))
+            optimizer = adamw.AdamW(params, lr=0.1, stochastic_rounding=True, triton=path)
+            for p in params:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+            self.assertIsNone(optimizer.skipped)
+            kept = list(params)
+            for p in params:
+                kept += [optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]]
+            before = copies(kept)
+            for coefficient in (0.0, -0.0, math.inf, -math.inf, math.nan):
+                params[0].grad[3] = coefficient                          # as where such a norm comes from
+                optimizer.step(coefficient=torch.tensor(coefficient))
+            self.assertTrue(same(kept, before))
+            self.assertEqual((optimizer.skipped, optimizer.state[params[0]]["step"]), (5, 6))
+            params[0].grad[3] = 1
+            optimizer.step(coefficient=torch.tensor(0.5))
+            self.assertFalse(any(map(torch.equal, kept, before)))
+            self.assertEqual(optimizer.skipped, 5)
+
+    def test_a_tensor_off_alignment_has_a_launch_of_its_own_and_the_others_keep_wide_accesses(self):
+        rows = []
+        for tensor, four in enumerate(adam_rows([40, 7, 9], (FULL,) * 4)):
+            rows.append((*four, adamw.scalars(1, 0.1, (0.9, 0.9), 1e-8, 0), tensor, 1))
+        rows[1] = (torch.zeros(8)[1:], *rows[1][1:])
+        with mock.patch.object(adamw, "_adamw_kernel", mock.MagicMock()) as kernel:
+            adamw.adamw_(rows)
+        found = []
+        for launch in kernel.__getitem__.return_value.call_args_list:
+            table = launch.args[0].view(-1, 8)
+            found.append((launch.kwargs["ALIGNED"], table[:, 5].tolist()))
+        self.assertEqual(found, [(True, [0, 2]), (False, [1])])
 
     def test_stochastic_rounding_is_exact_on_average_and_between_neighbours(self):
         """Over all 65,536 random words the mean of the rounded value is the value, to the last bit."""

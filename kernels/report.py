@@ -77,8 +77,8 @@ def step(name, dtype, state, stochastic):
     w = adamw.TYPES[dtype]
     constants = {"A": w, "B": w, "C": adamw.TYPES[state], "STOCHASTIC": stochastic}
     floor = 3 * dtype.itemsize + 4 * state.itemsize              # w twice and g, m and v twice
-    return Variant(f"adamw {name}", adamw._adamw_kernel, {"numbers_ptr": "*fp32", "seed": "i64"},
-                   constants, [dtype, state], floor)
+    arguments = {"numbers_ptr": "*fp32", "coefficient_ptr": "*fp32", "seed": "i64"}
+    return Variant(f"adamw {name}", adamw._adamw_kernel, arguments, constants, [dtype, state], floor)
 
 
 def variants():

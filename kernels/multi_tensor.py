@@ -13,7 +13,7 @@ narrow variant takes those), in any order of dimensions, but without gaps.
 
 Bytes moved for a bf16 parameter: norm 2, ascent 6 (read w and g, write the moved w over g), restore
 none; in place, where addresses must stay, ascent 8 and restore 4; noise 4, running mean 10.
-PRECISION. All arithmetic is fp32, without fused multiply-add, stored with one rounding. Restore copies.
+PRECISION. All arithmetic is fp32, with fused multiply-add in noise only, rounded once. Restore copies.
 DETERMINISM. One partial sum a chunk, then a small second reduction; no atomics. Noise follows from
 (seed, tensor, element) alone. Nothing here reads a value back to the host.
 SHARDS. Of a DTensor (FSDP) the kernels take the local tensor; sums then go through one all_reduce.
@@ -66,16 +66,14 @@ def philox_ref(seed, c0, c1, c2, c3):
 
 
 def noise_ref(numel, tensor, seed, start=0):
-    """The z of one tensor from element `start` = 4 k on, fp64 (numel,): four normals (Box and Muller)
-    of the Philox words at counter (element // 4, its high half, tensor, 0). |z| is at most 5.7."""
-    q = torch.arange(start // 4, (start + numel + 3) // 4)
-    words = torch.stack(philox_ref(seed, q & 0xFFFFFFFF, q >> 32, torch.full_like(q, tensor), q * 0))
-    words = torch.where(words < 2**31, words, 2**32 - 1 - words)          # as triton.language does
-    u = words.double() * 4.6566127342e-10                                 # (4, N) in [0, 1)
-    radius = (-2 * u[0::2].clamp(min=1e-7).log()).sqrt()                  # (2, N)
-    angle = 2 * torch.pi * u[1::2]
-    pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], 1)  # (2, 2, N)
-    return pairs.flatten(0, 1).T.flatten()[:numel]
+    """The z of one tensor from element `start` = 8 k on, fp64 (numel,): two normals (Box and Muller) of
+    each Philox word at counter (element // 8, its high half, tensor, 0). |z| is at most 5.4."""
+    q = torch.arange(start // 8, (start + numel + 7) // 8)
+    words = torch.stack(philox_ref(seed, q & 0xFFFFFFFF, q >> 32, torch.full_like(q, tensor), q * 0), 1)
+    u = ((words >> 11 & 0xFFFFF).double() + 0.5) / 2**20                  # (N, 4) in (0, 1)
+    radius = (-2 * u.log()).sqrt() * (1 - 2 * (words >> 31))              # the highest bit: its sign
+    angle = torch.pi * (((words & 0x7FF).double() + 0.5) / 2**11 - 0.5)   # in half a turn
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], 2).flatten()[:numel]
 
 
 # ---- kernels ---------------------------------------------------------------------------------------
@@ -191,56 +189,58 @@ def _copy_kernel(table_ptr, owner_ptr, start_ptr, count,
 
 
 @triton.jit
-def _normals(a, b):
-    """Two normals of two random words (Box and Muller). A turn has four quarters and a quarter a short
-    series; tl.cos takes any angle, and needs stack memory for the large ones."""
-    r = tl.sqrt_rn(-2.0 * tl.log(tl.maximum(tl.uint_to_uniform_float(a), 1e-7)))
-    turn = 4.0 * tl.uint_to_uniform_float(b)
-    quarter = tl.floor(turn + 0.5)
-    x = (turn - quarter) * 1.5707963267948966                    # in [-pi/4, pi/4]
-    y = x * x
-    s = x * (1.0 + y * (-1 / 6 + y * (1 / 120 + y * (-1 / 5040 + y * (1 / 362880)))))
-    c = 1.0 + y * (-1 / 2 + y * (1 / 24 + y * (-1 / 720 + y * (1 / 40320))))
-    odd = (quarter == 1) | (quarter == 3)
-    cos = tl.where(odd, s, c)
-    sin = tl.where(odd, c, s)
-    return (r * tl.where((quarter == 1) | (quarter == 2), -cos, cos),
-            r * tl.where((quarter == 2) | (quarter == 3), -sin, sin))
+def _series(x, coefficients):
+    """The polynomial in x with these coefficients, the highest first."""
+    p = coefficients[0]
+    for i in tl.static_range(1, len(coefficients)):
+        p = tl.fma(x, p, coefficients[i])
+    return p
+
+
+@triton.jit
+def _normals(word):
+    """noise_ref's two normals of a word, to 4e-6: series for log2(1 + f) / f and, times sqrt(2 ln 2), for
+    cos x and sin x / x, x in quarter turns. tl.log2 is twice as long, tl.cos needs stack memory."""
+    u = ((word & 0x7FFFF800) | 0x400).to(tl.float32)                      # times 2^31, exactly
+    power = (u.to(tl.int32, bitcast=True) - 0x3F3504F3) & -0x800000       # of two, so that f is smallest
+    f = (u.to(tl.int32, bitcast=True) - power).to(tl.float32, bitcast=True) - 1.0
+    log = _series(f, (0.17616724, -0.27097751, 0.29509973, -0.35918479, 0.4806487, -0.72136769, 1.44269631))
+    r = tl.sqrt(tl.fma(-f, log, tl.fma(power.to(tl.float32), -(2.0**-23), 31.0)))
+    r = (r.to(tl.uint32, bitcast=True) | (word & 0x80000000)).to(tl.float32, bitcast=True)
+    x = tl.fma((word & 0x7FF).to(tl.float32), 2.0**-10, 2.0**-11 - 1.0)
+    cos = _series(x * x, (0.0010104423, -0.024502642, 0.29865093, -1.4525686, 1.17741))
+    sin = _series(x * x, (-0.0051018298, 0.093526793, -0.76048071, 1.8494651)) * x
+    return r * cos, r * sin
 
 
 @triton.jit(do_not_specialize=["seed"])
 def _noise_kernel(table_ptr, owner_ptr, start_ptr, part_ptr, seed, sigma,
                   A: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """w <- w + sigma * z, z ~ N(0, 1) of Philox counters (element // 4, tensor); part[c] = sums of
+    """w <- w + sigma * z, z ~ N(0, 1) of Philox counters (element // 8, tensor); part[c] = sums of
     step^2, step z and z^2. Columns: w (dtype A), number of the tensor. Reads w once, writes it once."""
     row_ptr, start, size, full = _chunk(table_ptr, owner_ptr, start_ptr, 3, CHUNK, BLOCK)
     w_ptr = _pointer(row_ptr, 1, start, A, ALIGNED)
     tensor = tl.load(row_ptr + 2).to(tl.uint32)
+    low = (start >> 3).to(tl.uint32)          # one counter, eight elements
+    high = (start >> 35).to(tl.uint32)        # the same in a chunk, which starts at a multiple of its size
     moved = tl.zeros((BLOCK,), tl.float32)
-    along = tl.zeros((BLOCK,), tl.float32)
-    norm = tl.zeros((BLOCK // 4,), tl.float32)
+    along = tl.zeros((BLOCK, 2), tl.float32)
     for FULL in tl.static_range(1, -1, -1):
         for i in range(0 if FULL else full, full if FULL else size, BLOCK):
-            q = (start + i) // 4 + tl.arange(0, BLOCK // 4)      # int64: one counter, four elements
-            low = (q & 0xFFFFFFFF).to(tl.uint32)
-            high = (q >> 32).to(tl.uint32)
-            r0, r1, r2, r3 = tl.philox(seed, low, high, low * 0 + tensor, low * 0)
-            z0, z1 = _normals(r0, r1)
-            z2, z3 = _normals(r2, r3)
-            left = size - i - 4 * tl.arange(0, BLOCK // 4)       # to the end of the chunk, from z0
-            norm += tl.where(left > 0, z0 * z0, 0.0) + tl.where(left > 1, z1 * z1, 0.0)
-            norm += tl.where(left > 2, z2 * z2, 0.0) + tl.where(left > 3, z3 * z3, 0.0)
-            z = tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (BLOCK,))      # z_j at 4 q + j
+            q = low + (i >> 3) + tl.arange(0, BLOCK // 8).to(tl.uint32)
+            r0, r1, r2, r3 = tl.philox(seed, q, q * 0 + high, q * 0 + tensor, q * 0)
+            cos, sin = _normals(tl.join(tl.join(r0, r2), tl.join(r1, r3)))
+            z = tl.reshape(tl.join(cos, sin), (BLOCK,))                   # word j's two at 8 q + 2 j
             offs = i + tl.arange(0, BLOCK)
             inside = True if FULL else offs < size
             z = tl.where(inside, z, 0.0)                         # the sums end there too
             w = tl.load(w_ptr + offs, mask=inside, other=0).to(tl.float32)
-            new = (w + sigma * z).to(A)
+            new = tl.fma(z, sigma, w).to(A)
             tl.store(w_ptr + offs, new, mask=inside)
             step = new.to(tl.float32) - w
-            moved += step * step
-            along += step * z
-    _store_sums(part_ptr, moved, along, norm)
+            moved = tl.fma(step, step, moved)
+            along = tl.fma(tl.join(step, z), tl.join(z, z), along)        # z^2 alone: in another layout
+    _store_sums(part_ptr, moved, *tl.split(along))
 
 
 # ---- the table -------------------------------------------------------------------------------------
@@ -366,7 +366,7 @@ def _group(columns, lines, chunk):
         table = table.pin_memory()               # so that the copy does not wait
     owner, start = chunk_map(tuple(lines[0]), device, chunk)
     return SimpleNamespace(tensors=columns, device=device, types=[TYPES[dtype] for dtype in dtypes],
-                           block=min(chunk, TURN // _narrowest(dtypes)), grid=(len(owner),),
+                           block=min(chunk, TURN // narrowest(dtypes)), grid=(len(owner),),
                            head=(table.to(device, non_blocking=True), owner, start))
 
 
@@ -380,7 +380,7 @@ def _local(t):
     return t.to_local() if hasattr(t, "to_local") else t
 
 
-def _narrowest(dtypes):
+def narrowest(dtypes):
     """Bytes of the narrowest dtype that a thread reads 16 bytes of; int8 signs go along in 4 or 8, since 16
     would be as many weights, and too many registers."""
     return min(dtype.itemsize for dtype in dtypes if dtype.is_floating_point)

@@ -4,13 +4,18 @@
     python kernels/report.py --json out.json    # the same as JSON; on a GPU time 1 and 7 billion weights
 
 A row is a kernel of multi_tensor.py or adamw.py as it is shipped, on a GPU: registers a thread, bytes
-that it spills, shared memory, bytes of the narrowest access to global memory and bytes moved an element,
-these two in full tiles, and the floor of the last. The exit status is 1 if a row misses: if it spills,
-has an access below 16 bytes or moves another number of bytes than the floor.
+that it spills, shared memory and, in full tiles, bytes of the narrowest access to global memory, bytes
+moved an element and their floor, instructions an element, and what limits the speed: the ratio is that of
+the time these instructions take to the time these bytes take. The exit status is 1 if a row misses: if it
+spills, has an access below 16 bytes, or what its variant says, or moves another number of bytes than the
+floor.
 
 HOW. Each kernel loops twice, over full tiles and then, masked, over what is left, and touches tensors
 nowhere else. So the first loop of the assembly (PTX or AMD's) is the one to read. Line numbers would not
-do: compilers merge them, each its own way. Registers and spills are those of the machine code.
+do: compilers merge them, each its own way. Registers, spills and, in the first loop again, instructions
+are those of the machine code, which NVIDIA's cuobjdump prints and AMD's assembly is already; of AMD's, not
+the scalar instructions (s_), which issue beside the others. A limit is an estimate: it knows neither
+latency nor units slower than an instruction a cycle.
 """
 import argparse
 import contextlib
@@ -37,10 +42,19 @@ import multi_tensor as mt
 import sam
 
 TARGETS = [("cuda", 80, 32), ("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64)]
+# What a GPU does in a second: bytes that its memory moves, of the vendors' data sheets, and instructions
+# that it issues, each counted once a thread: units x schedulers x lanes x clock. Units and bf16 peaks of the
+# data sheets imply the clock. 80: A100 80 GB. 90: H100 SXM. 100: B200. gfx942: MI300X, where a wave of 64
+# issues over 4 cycles.
+RATES = {80: (2.0e12, 108 * 4 * 32 * 1.4e9), 90: (3.35e12, 132 * 4 * 32 * 1.8e9),
+         100: (8e12, 148 * 4 * 32 * 1.9e9), "gfx942": (5.3e12, 304 * 4 * 16 * 2.1e9)}
+SASS = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+([^;]+;)")             # address, instruction
+JUMP = re.compile(r"\b(?:bra|BRA|s_branch|s_cbranch_\w+)(?:\.\w+)*\s+(?:!?U?P\d,\s*)?([.$\w]+)")
 AMD_BYTES = {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
 
-# arguments: types of those after the table; columns: dtypes of the tensors; floor: bytes an element
-Variant = namedtuple("Variant", "name kernel arguments constants columns floor")
+# arguments: types of those after the table; columns: dtypes of the tensors; floor: bytes an element;
+# narrowest: bytes that an access must have
+Variant = namedtuple("Variant", "name kernel arguments constants columns floor narrowest", defaults=[16])
 
 
 # ---- what is compiled ------------------------------------------------------------------------------
@@ -65,7 +79,7 @@ def moves(dtype, name):
         Variant(f"norm {name}", mt._sumsq_kernel, part, square, [dtype], size),
         Variant(f"ascent l2 {name}", mt._ascent_kernel, scaled, l2, [dtype], 3 * size),
         Variant(f"ascent linf {name}", mt._ascent_kernel, scaled, linf, [dtype], 3 * size),
-        Variant(f"ascent signs {name}", mt._ascent_kernel, scaled, signs, both, 2 * size + 1),
+        Variant(f"ascent signs {name}", mt._ascent_kernel, scaled, signs, both, 2 * size + 1, 16 // size),
         Variant(f"ascent in place {name}", mt._ascent_kernel, scaled, shards, [dtype], 4 * size),
         Variant(f"restore {name}", mt._copy_kernel, count, copy, [dtype], 2 * size),
         Variant(f"noise {name}", mt._noise_kernel, noise, {"A": w}, [dtype], 2 * size),
@@ -107,50 +121,62 @@ def first_loop(asm):
         label = re.match(r"([.$\w]+):", line)
         if label:
             labels[label[1]] = n
-        jump = re.search(r"\b(?:bra|bra\.uni|s_branch|s_cbranch_\w+)\s+([.$\w]+)", line)
+        jump = JUMP.search(line)
         if jump and jump[1] in labels:
             loops.append((labels[jump[1]], n))
     start, end = min(loops, default=(0, 0))
     for begin, back in sorted(loops):
         if begin <= end:
             end = max(end, back)
-    return lines[start:end]
+    return lines[start:end + 1]
 
 
 def accesses(lines):
-    """Bytes of every access to global memory in lines of PTX or of AMD's assembly."""
+    """Bytes of every access to global memory in lines of PTX, of SASS or of AMD's assembly."""
     out = []
     for line in lines:
-        nvidia = re.search(r"\b(?:ld|st)\.global(?:\.[a-z_]+)*(?:\.v(\d))?\.[busf](\d+)\s", line)
+        ptx = re.search(r"\b(?:ld|st)\.global(?:\.[a-z_]+)*(?:\.v(\d))?\.[busf](\d+)\s", line)
+        sass = re.search(r"\b(?:LDG|STG)\.E((?:\.\w+)*)\s", line)
         amd = re.search(r"\b(?:global|buffer|flat)_(?:load|store)_[us]?(byte|short|dword(?:x\d)?)", line)
-        if nvidia:
-            out.append(int(nvidia[1] or 1) * int(nvidia[2]) // 8)
+        if ptx:
+            out.append(int(ptx[1] or 1) * int(ptx[2]) // 8)
+        if sass:
+            bits = re.search(r"\.[US]?(8|16|64|128)\b", sass[1])       # 32 are not written
+            out.append(int(bits[1]) // 8 if bits else 4)
         if amd:
             out.append(AMD_BYTES[amd[1]])
     return out
 
 
-def usage(asm, wide):
-    """(registers, bytes spilled) of the machine code, which must have kept `wide` 16-byte accesses."""
+def machine_code(asm):
+    """(lines of the machine code, registers a thread, bytes spilled). SASS jumps to addresses, so each
+    instruction gets its address as a label."""
     if "amdgcn" in asm:
-        found = re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s*(\d+)", asm["amdgcn"])
-        return int(dict(found)["vgpr_count"]), int(dict(found)["private_segment_fixed_size"])
+        text = asm["amdgcn"]
+        found = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s*(\d+)", text))
+        return text, int(found["vgpr_count"]), int(found["private_segment_fixed_size"])
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(asm["cubin"])
         run = subprocess.run([tool, "-res-usage", "-sass", path], capture_output=True, check=True)
     text = run.stdout.decode()
-    kept = len(re.findall(r"\b(?:LDG|STG)\.E(?:\.\w+)*\.128\b", text))       # more where ptxas unrolls
-    assert kept >= wide, f"ptxas split 16-byte accesses: {kept} left of {wide}"
     found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
-    return int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
+    code = "\n".join(f"{int(at, 16):#x}:\n {line}" for at, line in re.findall(SASS, text))
+    return code, int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
+
+
+def limit(arch, instructions, size):
+    """What takes longer on a GPU, the bytes or the instructions of an element, and the ratio of the two."""
+    bandwidth, issue = RATES[arch]
+    ratio = instructions / issue / (size / bandwidth)
+    return f"{'bytes' if ratio < 1 else 'instructions'} {ratio:.2f}"
 
 
 def compiled(variant, target, aligned=True):
     """The row of a variant for a target, which need not be here, compiled as its launch would."""
     backend, arch, warp = target
-    block = mt.TURN // min(dtype.itemsize for dtype in variant.columns)
+    block = mt.TURN // mt.narrowest(variant.columns)
     constants = {**variant.constants, "ALIGNED": aligned, "CHUNK": mt.CHUNK, "BLOCK": block}
     signature = {"table_ptr": "*i64", "owner_ptr": "*i32", "start_ptr": "*i64", **variant.arguments}
     signature.update(dict.fromkeys(constants, "constexpr"))
@@ -158,16 +184,23 @@ def compiled(variant, target, aligned=True):
                           target=GPUTarget(backend, arch, warp),
                           options={"num_warps": 256 // warp, "enable_fp_fusion": False})
     widths = accesses(first_loop(code.asm["ptx" if backend == "cuda" else "amdgcn"]))
-    registers, spilled = usage(code.asm, widths.count(16))
+    text, registers, spilled = machine_code(code.asm)
+    loop = first_loop(text)
+    kept = accesses(loop)                                        # of several turns, where ptxas unrolls
+    assert set(kept) == set(widths), f"the machine code accesses {kept} bytes, the assembly {widths}"
+    issued = sum(bool(re.match(r"\s+(?!s_|NOP)[@\w]", line)) for line in loop)
+    moved = sum(widths) * 256 / block
+    instructions = round(issued * moved / sum(kept), 1)
     return {"kernel": variant.name, "target": f"sm_{arch}" if backend == "cuda" else arch,
             "registers": registers, "spilled": spilled, "shared": code.metadata.shared,
-            "access_bytes": min(widths, default=0), "bytes_moved": sum(widths) * 256 / block,
-            "floor": variant.floor}
+            "access_bytes": min(widths, default=0), "narrowest": variant.narrowest, "bytes_moved": moved,
+            "floor": variant.floor, "instructions": instructions, "limit": limit(arch, instructions, moved)}
 
 
 def misses(row):
-    """Does a row spill, access global memory in pieces below 16 bytes, or move too much?"""
-    return bool(row["spilled"]) or row["access_bytes"] < 16 or row["bytes_moved"] != row["floor"]
+    """Does a row spill, access global memory in pieces that are too small, or move too much?"""
+    narrow = row["access_bytes"] < row["narrowest"]
+    return narrow or row["spilled"] > 0 or row["bytes_moved"] != row["floor"]
 
 
 def print_rows(rows):

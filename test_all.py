@@ -1,6 +1,6 @@
 """Everything that must hold.
 
-    python test_all.py                  # 178 tests, 200 s on 2 idle cores; pytest collects it too
+    python test_all.py                  # 182 tests, 200 s on 2 idle cores; pytest collects it too
     python test_all.py -k Smoothers     # what belongs to sam.py; the other classes are named in the banners
     python .ci/zoo.py                   # slow: 184 families of models through every script
 
@@ -67,6 +67,7 @@ texts, prompts, stream = Lazy("data.texts"), Lazy("data.prompts"), Lazy("data.st
 undo, latent, optimizers = Lazy("data.undo"), Lazy("data.latent"), Lazy("data.optimizers")
 split, merge, ilu, states = Lazy("data.split"), Lazy("data.merge"), Lazy("data.ilu"), Lazy("data.states")
 muse, tofu = Lazy("data.muse.metrics"), Lazy("data.tofu.metrics")
+compare = Lazy("data.tiny.compare")
 
 
 @functools.cache
@@ -2015,12 +2016,59 @@ class Tables(Folder):
         found = {"UE": 0.7, "UT": 0.9, "landscape": {"nll": {"rise": [[1, 0, 1], [2, 0, 2], [3, 0, 1]]}}}
         together = tables.Runs()
         together.add(str(self.tmp), {"stage": "model", "args": {"model": "m", "seed": 0}}, found)
-        table = tables.as_json(*together.summary()[1:], [], SimpleNamespace())
+        _, methods, paired = together.summary()
+        columns = tables.chosen(methods, ["UE", "held out relearning 20"])
+        table = tables.as_json(methods, paired, [], SimpleNamespace(), columns)
         formats.write_json(self.tmp / "table.json", table)
         self.run_script("assets/plot.py", self.tmp / "table.json", "--out", self.tmp / "all")
-        for name in ("ue_bars", "relearn_curves", "landscape", "ue_ut"):
+        for name in ("ue_bars", "relearn_curves", "landscape", "ue_ut", "attacks"):
             image = imread(self.tmp / "all" / f"{name}.png")[..., :3]
             self.assertGreater((image != 1).any(-1).mean(), 0.02, name)             # not an empty page
+
+
+# ---- data/tiny/compare.py ------------------------------------------------------------------------------
+
+class Compare(World):
+    def test_a_job_is_trained_attacked_counted_and_nothing_is_done_twice(self):
+        run = self.tmp / "run"
+        line = ["unlearn.py", *self.flags, "--sam_rho", 0, "--out", run]
+        job = compare.Job(run, self.tmp / "log", self.world, [" ".join(map(str, line))],
+                          ["--draws 1 --samples 2", "--ablate 0"], ["--attack context --shots 1"])
+        compare.meet(job)
+        files = sorted(run.glob("*.json"))
+        before = [path.read_bytes() for path in files]
+        compare.meet(job)
+        self.assertEqual([path.read_bytes() for path in files], before)
+        passed = self.result("run")["passed"]
+        self.assertEqual(passed, {"trained": 1 + 5 * 2 * 3, "seen": len(TEXTS)})   # plan, steps; reference
+        self.unlearn("undone", "--loss", "none", "--model", run, "--undo_alpha", ".1", "--undo_steps", 2)
+        more = self.result("undone")["passed"]                                   # a teacher beside each pass
+        self.assertEqual(more, {"trained": 1 + 2 * 2 * 3, "seen": 2 * 2 * 3})
+        columns = ["UE relearning 2", "UE ablate ablate0", "UE context 1 shots", "1000 samples"]
+        said = self.run_script("evaluate.py", run, self.tmp / "undone", "--ppl_rows", 1, "--columns", *columns)
+        want = [read_json(run / name)["metrics"]["budgets"][0]["UE"] for name in ("relearn.json", "relearn_ablate.json")]
+        want.append(read_json(run / "evaluate.json")["metrics"]["context"]["after"]["1"]["UE"])
+        want.append((31 + len(TEXTS) / 3) / 1000)
+        rows = [line.split() for line in said.splitlines()]
+        self.assertEqual(rows[-2], ["npo", "1", *map(tables.short, want)])
+        self.assertEqual(rows[-1][-1], tables.short(want[-1] + 0.017))           # 13 samples both ways, 12 seen
+        self.run_script("evaluate.py", run, "--ppl_rows", 1, "--columns", "UA", says="'UE relearning 2'")
+
+    def test_the_strength_is_that_of_highest_score_among_those_that_keep_ut(self):
+        for tries, want in (({"a": (0.99, 0.3), "b": (0.98, 0.5), "c": (0.5, 0.9)}, "b"),
+                            ({"a": (0.9, 0.9), "b": (0.95, 0.1)}, "b")):
+            self.assertEqual(compare.chosen(tries), want)
+
+    def test_every_defence_is_one_that_unlearn_takes_and_differs_from_the_others(self):
+        args = compare.flags().parse_args(["--out", str(self.tmp)])
+        found = set()
+        for name, (tries, _) in compare.DEFENCES.items():
+            self.assertEqual(len(set(tries)), 3)
+            job = compare.job_of(name, tries[0], 600, args, compare.ATTACKS)
+            last = unlearn.parse_args(job.commands[-1].split()[1:])
+            self.assertEqual((last.out, last.seed, last.relearn), (str(job.run), 600, False))
+            found.add(json.dumps({k: v for k, v in vars(last).items() if k not in ("out", "lr")}, sort_keys=True))
+        self.assertEqual(len(found), len(compare.DEFENCES))
 
 
 # ---- evaluate.py --attack context and --probe, kernels/probe.py ---------------------------------------

@@ -108,12 +108,6 @@ def compared(sums, params):
     return {"norm": norm, "applied_norm": applied, "cosine": cosine}
 
 
-def room_for(p, d, reuse):
-    """A tensor like p that may be overwritten: with reuse the direction d itself, if it is like p."""
-    alike = d.dtype == p.dtype and d.stride() == p.stride()
-    return d if reuse and alike else torch.empty_like(p)
-
-
 def moved(w, d, scale, linf):
     """(w + scale d rounded to w's dtype, dots() of the step that is left and d) of one tensor; linf: of d's
     signs, and an element of d that is not finite moves nothing and makes the dots nan."""
@@ -142,7 +136,7 @@ def ascent_(params, directions, rho, saved, reuse=True, eps=1e-12, linf=False, s
     grows by (parameter, old weights) *before* a parameter moves, so that restore_(saved) is right even
     when this is interrupted. reuse: what has to be written beside the weights goes into the direction's
     own memory where the dtypes agree (its values are lost), otherwise into a new tensor: the old weights,
-    or with swap the moved ones, to which p.data then points: the weights themselves are not touched. A zero or
+    or with swap the moved ones, to which p.data then points: the weights are not touched. A zero or
     non-finite norm moves nothing; with linf a non-finite element does not move, and the norm is nan.
     """
     device = params[0].device if params else None
@@ -150,7 +144,8 @@ def ascent_(params, directions, rho, saved, reuse=True, eps=1e-12, linf=False, s
     scale = rho if linf else torch.where(norm.isfinite() & (norm > 0), rho / (norm + eps), 0.0)
     sums = [torch.zeros(3, dtype=norm.dtype, device=device)]
     for p, d in zip(params, directions):
-        beside = room_for(p, d, reuse)
+        alike = d.dtype == p.dtype and d.stride() == p.stride()
+        beside = d if reuse and alike else torch.empty_like(p)
         if swap:
             saved.append((p, p.data))
         here = scale if linf else scale.to(p.device)
@@ -163,15 +158,10 @@ def ascent_(params, directions, rho, saved, reuse=True, eps=1e-12, linf=False, s
                 saved.append((w, other.copy_(w)))
                 w.copy_(new)
         if swap:
-            point(p, beside)
+            p.data = beside
+            torch.autograd.graph.increment_version(p)            # an error in a backward pass
     stats = compared(sums, params)
     return stats if linf else stats | {"norm": norm}             # the same, but for rounding, inf and nan
-
-
-def point(p, data):
-    """Let the parameter's weights be `data`, a tensor like it; a backward pass that saw others is an error."""
-    p.data = data
-    torch.autograd.graph.increment_version(p)
 
 
 @torch.no_grad()
@@ -180,7 +170,8 @@ def restore_(saved, swap=False):
     after ascent_(swap=True) by pointing p.data at them, which moves nothing."""
     if swap:
         for p, old in saved:
-            point(p, old)
+            p.data = old
+        torch.autograd.graph.increment_version([p for p, _ in saved])    # an error in a backward pass
     elif saved:
         torch._foreach_copy_([local(p) for p, _ in saved], [local(w) for _, w in saved])
     saved.clear()
@@ -228,8 +219,9 @@ def kernel_file(name):
 
 def operations(params, triton=None):
     """(whose ascent_, restore_, noise_, running_mean_ and global_norm to use on params, why):
-    kernels/multi_tensor.py or the torch ones above. triton: True = the kernels, ValueError where they cannot run; False = torch;
-    None = the kernels if all parameters are on a GPU, or if TRITON_INTERPRET=1 (slow, for tests)."""
+    kernels/multi_tensor.py or the torch ones above. triton: True = the kernels, ValueError where they
+    cannot run; False = torch; None = the kernels if all parameters are on a GPU, or if TRITON_INTERPRET=1
+    (slow, for tests)."""
     plain = types.SimpleNamespace(__name__="torch", ascent_=ascent_, restore_=restore_, noise_=noise_,
                                   running_mean_=running_mean_, global_norm=global_norm)
     if triton is False:
@@ -375,9 +367,10 @@ class SAM:
     def move(self, directions, radius, saved, reuse=True):
         """One step of ascent_ on those of self.perturb that have a direction."""
         params = self.perturb
-        if directions.keys() != {*params}:
+        along = [directions.get(p) for p in params]
+        if any([d is None for d in along]):
             params = [p for p in params if p in directions]
-        along = [directions[p] for p in params]
+            along = [directions[p] for p in params]
         flipped = radius < 0
         if self.length:
             length = self.length(dict(zip(params, along)))
@@ -414,9 +407,9 @@ class SAM:
 
 
 class Momentum(SAM):
-    """SAM along d = the gradient that the last call returned, one pass; the first call moves nothing, nor does
-    the one after an exception. `kept` holds d between calls: with linf its signs as int8 (which cannot tell
-    inf and nan), else whole."""
+    """SAM along d = the gradient that the last call returned, one pass; the first call moves nothing, nor
+    does the one after an exception. `kept` holds d between calls: with linf its signs as int8 (which
+    cannot tell inf and nan), else whole."""
 
     def __init__(self, params, *args, **more):
         super().__init__(params, *args, **more)

@@ -26,7 +26,7 @@ torch 2.13), 3.8.0 and 3.9.0: 16-byte accesses in full tiles, the floor, no spil
 a thread, 170 for signs as int8. The table of Mistral-7B's 291 tensors takes the host 3 ms.
 """
 import functools
-import operator
+from array import array
 from types import SimpleNamespace
 
 import torch
@@ -35,6 +35,7 @@ import triton.language as tl
 
 CHUNK = 32768              # elements that one program handles, of one tensor
 TURN = 4096                # bytes of the narrowest tensor in a loop turn: 256 threads x 16
+PLAIN = {torch.Tensor, torch.nn.Parameter}               # as against DTensor
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
          torch.int8: tl.int8}
 INTERPRETED = bool(triton.knobs.runtime.interpret)      # TRITON_INTERPRET=1 when this was imported
@@ -276,33 +277,19 @@ def _shards(t):
     return tuple(groups), number
 
 
-def _refuse(columns, rows):
-    """ValueError for what the kernels cannot take, a row after the other; rows: their numbers."""
-    for row, tensors in zip(rows, zip(*columns)):
-        first = tensors[0]
-        if first.is_cuda == INTERPRETED:
-            raise ValueError(f"tensor {row} is on {first.device}: the kernels take GPU tensors, or CPU "
-                             "tensors under TRITON_INTERPRET=1")
-        for t in tensors:
-            if t.dtype not in TYPES:
-                raise ValueError(f"tensor {row} is {t.dtype}: the kernels take {[*TYPES]}")
-            if layout(t) is None or layout(t) != layout(first):
-                raise ValueError(f"tensor {row} of {tuple(t.shape)}, strides {t.stride()}, has gaps or "
-                                 f"another order than {tuple(first.shape)}, {first.stride()}: make it "
-                                 "contiguous(), or use triton=False")
-
-
-def _dense(columns):
-    """Is every tensor contiguous, of its row's shape, and of a dtype and on a device that have kernels? Then
-    there is nothing to refuse. A quick look, since it comes before every launch."""
-    for column in columns:
-        if not all([t.is_contiguous() for t in column]):
-            return False
-        if not all([t.shape == first.shape for t, first in zip(column, columns[0])]):
-            return False
-        if {t.dtype for t in column} - TYPES.keys() or {t.is_cuda for t in column} - {not INTERPRETED}:
-            return False
-    return True
+def _check(row, tensors):
+    """ValueError for what the kernels cannot take in a row: devices, dtypes, gaps, different orders."""
+    first = tensors[0]
+    if first.is_cuda == INTERPRETED:
+        raise ValueError(f"tensor {row} is on {first.device}: the kernels take GPU tensors, or CPU "
+                         "tensors under TRITON_INTERPRET=1")
+    for t in tensors:
+        if t.dtype not in TYPES:
+            raise ValueError(f"tensor {row} is {t.dtype}: the kernels take {[*TYPES]}")
+        if layout(t) is None or layout(t) != layout(first):
+            raise ValueError(f"tensor {row} of {tuple(t.shape)}, strides {t.stride()}, has gaps or "
+                             f"another order than {tuple(first.shape)}, {first.stride()}: make it "
+                             "contiguous(), or use triton=False")
 
 
 def tables(columns, chunk=CHUNK):
@@ -315,69 +302,54 @@ def tables(columns, chunk=CHUNK):
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("the kernels cannot be captured in a CUDA graph: it would replay today's "
                            "addresses; use triton=False, or leave them out of the graph")
-    first = {}
-    for row, t in enumerate(columns[0]):
-        first.setdefault(id(t), row)
-    rows = list(first.values())
-    columns = [_pick(column, rows) for column in columns]
-    shards = [((), 0)] * len(rows)
-    if {type(t) for column in columns for t in column} - {torch.Tensor, torch.nn.Parameter}:
-        shards = list(map(_shards, columns[0]))
-        columns = [list(map(_local, column)) for column in columns]
-    if not _dense(columns):
-        _refuse(columns, rows)
-    lines = [[t.numel() for t in columns[0]]]
-    low = [0] * len(rows)                        # all addresses of a row, ORed
-    for column in columns:
-        lines.append([t.data_ptr() for t in column])
-        low = list(map(operator.or_, low, lines[-1]))
-    lines.append([row + (number << 20) for row, (_, number) in zip(rows, shards)])
-    aligned = [bits % 16 == 0 for bits in low]
-    groups = [over for over, _ in shards]
-    dtypes = [[t.dtype for t in column] for column in columns]
-    found = []
-    for places in _alike([[t.get_device() for t in columns[0]], aligned, groups, *dtypes]):
-        group = _group([_pick(column, places) for column in columns], [_pick(line, places) for line in lines], chunk)
-        group.rows = _pick(rows, places)
-        group.aligned = aligned[places[0]]
-        group.shards = groups[places[0]]
-        found.append(group)
-    return found
-
-
-def _alike(kinds):
-    """Lists of the places at which all lists of `kinds` agree; quick where there is one."""
-    count = len(kinds[0])
-    if all(len(set(kind)) == 1 for kind in kinds):
-        return [range(count)]
-    places = {}
-    for i, key in enumerate(zip(*kinds)):
-        places.setdefault(key, []).append(i)
-    return list(places.values())
-
-
-def _group(columns, lines, chunk):
-    """What a launch over these columns needs, of one device and of one dtype each; lines: sizes, addresses of each
-    column, numbers."""
-    device = columns[0][0].device
-    dtypes = [column[0].dtype for column in columns]
-    table = torch.tensor(lines).T.contiguous()                                       # (n, ROW)
-    if device.type == "cuda":
-        table = table.pin_memory()               # so that the copy does not wait
-    owner, start = chunk_map(tuple(lines[0]), device, chunk)
-    return SimpleNamespace(tensors=columns, device=device, types=[TYPES[dtype] for dtype in dtypes],
-                           block=min(chunk, TURN // narrowest(dtypes)), grid=(len(owner),),
-                           head=(table.to(device, non_blocking=True), owner, start))
-
-
-def _pick(values, places):
-    """The values at some places of a list, in a list."""
-    return [values[i] for i in places]
-
-
-def _local(t):
-    """What this process holds of a DTensor; else itself."""
-    return t.to_local() if hasattr(t, "to_local") else t
+    groups = {}                                  # what a launch has of its own -> its rows
+    seen = set()
+    for row, tensors in enumerate(zip(*columns, strict=True)):
+        first = tensors[0]
+        if id(first) in seen:
+            continue
+        seen.add(id(first))
+        over = ()
+        number = row
+        if not PLAIN.issuperset(map(type, tensors)):
+            over, shard = _shards(first)
+            number += shard << 20
+            tensors = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+            first = tensors[0]
+        shape = first.shape
+        line = [first.numel()]
+        dtypes = []
+        low = 0                                  # all addresses, ORed for their low bits
+        dense = True
+        for t in tensors:                        # all of a tensor at once, while it is cached
+            address = t.data_ptr()
+            low |= address
+            line.append(address)
+            dtypes.append(t.dtype)
+            dense = dense and t.is_contiguous() and t.shape == shape
+        key = (first.device, over, low % 16 == 0, *dtypes)
+        group = groups.get(key)
+        if group is None or not dense:
+            _check(row, tensors)                 # which is slow
+            group = groups.setdefault(key, SimpleNamespace(rows=[], tensors=[], flat=[]))
+        group.rows.append(row)
+        group.tensors.append(first)
+        group.flat += line
+        group.flat.append(number)
+    for (device, over, aligned, *dtypes), group in groups.items():
+        width = len(dtypes) + 2
+        owner, start = chunk_map(tuple(group.flat[::width]), device, chunk)
+        table = torch.frombuffer(array("q", group.flat), dtype=torch.int64)     # faster than tensor()
+        if device.type == "cuda":
+            table = table.pin_memory()                                # so that the copy does not wait
+        group.head = (table.to(device, non_blocking=True), owner, start)
+        group.device = device
+        group.shards = over
+        group.aligned = aligned
+        group.grid = (len(owner),)
+        group.types = [TYPES[dtype] for dtype in dtypes]
+        group.block = min(chunk, TURN // narrowest(dtypes))
+    return list(groups.values())
 
 
 def narrowest(dtypes):
@@ -393,7 +365,7 @@ def _launch(kernel, group, chunk, *args, **constants):
             kernel[group.grid](*group.head, *args, ALIGNED=group.aligned, CHUNK=chunk, BLOCK=group.block,
                                num_warps=4 if torch.version.hip else 8,      # 256 threads, also on AMD
                                enable_fp_fusion=False, **constants)
-        torch.autograd.graph.increment_version(group.tensors[0])
+        torch.autograd.graph.increment_version(group.tensors)
 
 
 def _over_shards(sums, group):
@@ -495,8 +467,8 @@ def ascent_(params, directions, rho, saved, reuse=True, eps=1e-12, linf=False, s
 
 
 def restore_(saved, swap=False, chunk=CHUNK):
-    """Put back the old weights of (parameter, old weights), bit for bit, and empty the list: by a copy, or
-    after ascent_(swap=True) by pointing p.data at them, which moves nothing."""
+    """Put back the old weights of (parameter, old weights), bit for bit, and empty the list: by a copy,
+    or after ascent_(swap=True) by pointing p.data at them, which moves nothing."""
     if swap:
         for p, old in saved:
             p.data = old

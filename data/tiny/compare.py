@@ -59,7 +59,6 @@ DEFENCES = {                                     # name: (three strengths {x}, t
     "ILU": ([".01", ".1", "1"], NPO + " --ilu_lambda {x} --ilu_data {unrelated}"),
     "sign": (["1e-4", "3e-4", "1e-3"], NPO + " --optimizer sign --lr {x}"),
     "hybrid": ([".03", ".1", ".3"], NPO + " --optimizer hybrid --steps 320 --zo_lr {x}"),
-    "adapters": (["3e-4", "1e-3", "3e-3"], NPO + " --lora 8 --lr {x}"),
     "RMU": (["10", "20", "40"], NPO + " --loss rmu --train_modules . --lr 1e-3 --rmu_c {x}"),
     "SPUNGE": (["3e-4", "6e-4", "1e-3"], SPUNGE),
     "layered": (["3e-4", "6e-4", "1e-3"], LAYERED),

@@ -634,8 +634,8 @@ def flags():
                    help="folders of unlearn.py, or of any Hugging Face model (then add --data)")
     g = p.add_argument_group("the table")
     g.add_argument("--baseline", help="method to compare with, by seed (default: the first)")
-    g.add_argument("--columns", nargs="+", metavar="NAME", default=[], help="one table of these numbers, such as "
-                   "'UE', 'UE relearning 60', 'seconds'; a wrong name lists all")
+    g.add_argument("--columns", nargs="+", metavar="NAME", default=[],
+                   help="one table of these numbers: 'UE', 'UE relearning 60', 'seconds'; a wrong name lists all")
     g.add_argument("--json", metavar="PATH", help="write the table there as well")
     g.add_argument("--overwrite", action="store_true", help="score again what is up to date")
     g.add_argument("--show", type=any_number, default=0, metavar="N", help="instead of scores: what the model "

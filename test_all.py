@@ -745,7 +745,8 @@ class Kernels(unittest.TestCase):
 
     def test_swapping_gives_bit_for_bit_what_moving_in_place_does_and_writes_no_weights(self):
         kinds = [(FULL, False), (HALF, False), (FULL, True), (HALF, True), (torch.int8, True)]
-        for dtype, (given, linf), reuse, ops in itertools.product((FULL, HALF), kinds, (False, True), (sam, mt)):
+        for dtype, kind, reuse, ops in itertools.product((FULL, HALF), kinds, (False, True), (sam, mt)):
+            given, linf = kind
             first = randn(SIZES, dtype, 1, 0.05)
             d = randn(SIZES, given, 2, 3)
             saved = []
@@ -2045,13 +2046,15 @@ class Compare(World):
         more = self.result("undone")["passed"]                                   # a teacher beside each pass
         self.assertEqual(more, {"trained": 1 + 2 * 2 * 3, "seen": 2 * 2 * 3})
         columns = ["UE relearning 2", "UE ablate ablate0", "UE context 1 shots", "1000 samples"]
-        said = self.run_script("evaluate.py", run, self.tmp / "undone", "--ppl_rows", 1, "--columns", *columns)
-        want = [read_json(run / name)["metrics"]["budgets"][0]["UE"] for name in ("relearn.json", "relearn_ablate.json")]
+        said = self.run_script("evaluate.py", run, self.tmp / "undone", "--ppl_rows", 1, "--columns",
+                               *columns)
+        names = ("relearn.json", "relearn_ablate.json")
+        want = [read_json(run / name)["metrics"]["budgets"][0]["UE"] for name in names]
         want.append(read_json(run / "evaluate.json")["metrics"]["context"]["after"]["1"]["UE"])
         want.append((31 + len(TEXTS) / 3) / 1000)
         rows = [line.split() for line in said.splitlines()]
         self.assertEqual(rows[-2], ["npo", "1", *map(tables.short, want)])
-        self.assertEqual(rows[-1][-1], tables.short(want[-1] + 0.017))           # 13 samples both ways, 12 seen
+        self.assertEqual(rows[-1][-1], tables.short(want[-1] + 0.017))       # 13 there and back, 12 seen
         self.run_script("evaluate.py", run, "--ppl_rows", 1, "--columns", "UA", says="'UE relearning 2'")
 
     def test_the_strength_is_that_of_highest_score_among_those_that_keep_ut(self):
@@ -2067,7 +2070,8 @@ class Compare(World):
             job = compare.job_of(name, tries[0], 600, args, compare.ATTACKS)
             last = unlearn.parse_args(job.commands[-1].split()[1:])
             self.assertEqual((last.out, last.seed, last.relearn), (str(job.run), 600, False))
-            found.add(json.dumps({k: v for k, v in vars(last).items() if k not in ("out", "lr")}, sort_keys=True))
+            kept = {k: v for k, v in vars(last).items() if k not in ("out", "lr")}
+            found.add(json.dumps(kept, sort_keys=True))
         self.assertEqual(len(found), len(compare.DEFENCES))
 
 

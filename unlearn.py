@@ -711,8 +711,8 @@ if __name__ == "__main__":
         after = evaluate.ue_ut(model, tokenizer, questions)
         result = {"stage": "unlearn", "args": vars(args), **runs.provenance(args.device, start),
                   "plan_gb": {part: round(value / 1e9, 4) for part, value in plan.items()},
-                  "passed": passed, "metrics": {"before": before, "after": after}, "kept": kept, "curve": curve,
-                  "undo": undone}
+                  "passed": passed, "metrics": {"before": before, "after": after}, "kept": kept,
+                  "curve": curve, "undo": undone}
         runs.save_run(out, model, tokenizer, result, save=run.save_adapters())
         states.remove(state)
         states.remove(best)

@@ -1,5 +1,5 @@
-"""Draw what evaluate.py --json wrote: UE in bars, UE while relearning, the loss around the weights, UE against UT,
-and what every attack left.
+"""Draw what evaluate.py --json wrote: UE in bars, UE while relearning, the loss around the weights, UE against
+UT, and what every attack left.
 
     pip install matplotlib
     python evaluate.py out/* --landscape 21 --json table.json

@@ -265,7 +265,7 @@ def progress(total, desc):
 
 # ---- a pass through the model -------------------------------------------------------------------------
 
-PASSED = Counter()                               # samples that run() took, "trained" or without a gradient "seen"
+PASSED = Counter()                               # samples: "trained" by run(), or "seen" without a gradient
 
 
 def run(model, batch, **more):

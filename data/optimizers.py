@@ -61,9 +61,9 @@ def estimate_(params, value, mu, directions, seed, weight=1.0):
 
 
 def clipped_step(optimizer, params, clip, norm_of):
-    """Clip the gradients to a norm of `clip` (0: not) and step; returns their norm before, 0-dim. norm_of: of a
-    list of tensors. kernels/adamw.py clips on the way, which saves a pass over the gradients, and where the
-    norm is not finite it moves nothing."""
+    """Clip the gradients to a norm of `clip` (0: not) and step; returns their norm before, 0-dim.
+    norm_of: of a list of tensors. kernels/adamw.py clips on the way, which saves a pass over the
+    gradients, and where the norm is not finite it moves nothing."""
     if not hasattr(optimizer, "skipped"):
         norm = torch.nn.utils.clip_grad_norm_(params, clip or math.inf)
         optimizer.step()

@@ -128,8 +128,9 @@ def budget_name(b):
 
 
 def cost_of(result):
-    """{"seconds", "1000 samples"} of a run of unlearn.py and of the runs that it starts from or merges: samples
-    that went through the model and back, of those that did not a third; {} of other runs and of old ones."""
+    """{"seconds", "1000 samples"} of a run of unlearn.py and of the runs that it starts from or merges:
+    samples that went through the model and back, and a third of those that went without a gradient; {} of
+    other runs and of old ones."""
     if result["stage"] != "unlearn" or "passed" not in result:
         return {}
     passed = result["passed"]
@@ -143,8 +144,8 @@ def cost_of(result):
 
 
 def cells_of(run, metrics, result=None):
-    """One run as {Cell: number}: its scores, and those of every relearn*.json, prefix attack and sharpness; with
-    its result.json its cost."""
+    """One run as {Cell: number}: its scores, and those of every relearn*.json, prefix attack and sharpness;
+    with its result.json its cost."""
     out = {}
     for name, value in cost_of(result).items() if result else ():
         out[Cell("cost", "", name)] = value
@@ -392,8 +393,8 @@ def print_correlations(found):
 
 
 def as_json(methods, paired, correlations, args, columns=()):
-    """The table as --json writes it: a list of {"measure", "attack", "column", ...} for each method; columns: the
-    Cells of --columns."""
+    """The table as --json writes it: a list of {"measure", "attack", "column", ...} for each method; columns:
+    the Cells of --columns."""
     out = {"args": vars(args), "methods": {}, "paired": {}, "spearman": [],
            "columns": [cell._asdict() for cell in columns]}
     for name, m in methods.items():

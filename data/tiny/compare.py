@@ -1,6 +1,6 @@
 """Every defence under every attack on the built-in benchmark: one table, one picture.
 
-    python data/tiny/compare.py                     # 80 minutes on 2 cores; once killed it goes on where it was
+    python data/tiny/compare.py                     # 90 minutes on 2 cores; goes on where it was killed
     python data/tiny/compare.py --defences NPO SAM --seeds 700 701 --out out/small
 
 A defence's strength is chosen by one rule, out of three tries on worlds of their own (--tune_seeds): of those
@@ -8,8 +8,8 @@ that keep a mean UT of at least .98 the one with the highest score, the mean of 
 held out after 500 mixed steps; if none keeps UT, the one that keeps most. Then each defence meets all attacks
 on the worlds of --seeds, beside a model that never saw the topic, and evaluate.py prints the table.
 
-Writes OUT/NAME-STRENGTH-sSEED/, runs with their attacks; OUT/tuned.json; OUT/table.json; OUT/attacks.png, with
-matplotlib.
+Writes OUT/NAME-STRENGTH-sSEED/, runs with their attacks; OUT/tuned.json; OUT/table.json; with matplotlib
+OUT/attacks.png. Adapters have a table of their own in readme.md.
 """
 import multiprocessing
 import os
@@ -102,6 +102,12 @@ def prepare(seed, log):
         call(f"data/tiny/prepare.py --seed {seed} --exclude forget", log)
 
 
+def was_done(args):
+    """Is the result of this very attack there?"""
+    path = relearn.result_path(args)
+    return path.is_file() and formats.read_json(path, f"remove {path}", args=dict)["args"] == vars(args)
+
+
 def meet(job):
     """Make a job's run, attack it and score it, each unless it was done before."""
     torch.set_num_threads(1)
@@ -111,7 +117,7 @@ def meet(job):
     with open(job.log, "a") as file, redirect_stdout(file), redirect_stderr(file):
         for flags in job.attacks:
             args = relearn.parse_args([str(job.run), "--data", str(job.world), *flags.split()])
-            if not relearn.result_path(args).exists():
+            if not was_done(args):
                 relearn.attack(args)
         for flags in job.prompts:
             flags = f"{flags} --ppl_rows 1 --teacher {job.world}/target"
@@ -196,7 +202,8 @@ def flags():
     p = runs.Parser(__doc__)
     p.add_argument("--defences", nargs="+", choices=list(DEFENCES), default=list(DEFENCES), metavar="NAME",
                    help=f"of {', '.join(DEFENCES)} (default: all); the others are tested against the first")
-    p.add_argument("--seeds", type=runs.SEED, nargs="+", default=list(range(600, 608)), help="worlds of the table")
+    p.add_argument("--seeds", type=runs.SEED, nargs="+", default=list(range(600, 608)),
+                   help="worlds of the table")
     p.add_argument("--tune_seeds", type=runs.SEED, nargs="+", default=[590, 591], help="worlds of the tries")
     p.add_argument("--jobs", type=runs.number(int, 1), default=2, help="runs at a time, each on one core")
     p.add_argument("--out", type=Path, default=Path("out/compare"), help="folder to write")

@@ -207,6 +207,9 @@ if __name__ == "__main__":
         except (LookupError, TypeError, ValueError, AttributeError) as e:
             raise InputError(f"{args.json}: not as evaluate.py writes it ({draw.__name__}: {e}): {fix}")
         args.out.mkdir(parents=True, exist_ok=True)
+        for path in pictures:
+            if path.is_dir():
+                raise InputError(f"{path} is a folder: move it, or choose another --out")
         for path, picture in pictures.items():
             if picture is None:
                 print(f"{path} left out: see --help for what it takes", file=sys.stderr)

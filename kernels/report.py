@@ -278,10 +278,10 @@ def benchmark(shapes, repeats=20):
     grads = [torch.randn(s, **half) for s in shapes]
     count = sum(map(torch.numel, params))
 
-    def there_and_back(operations):
+    def there_and_back(operations, swap=True):
         saved = []
-        operations.ascent_(params, grads, 0.01, saved)
-        operations.restore_(saved)           # later turns climb along the old weights, in grads now
+        operations.ascent_(params, grads, 0.01, saved, swap=swap)
+        operations.restore_(saved, swap=swap)        # later turns climb along what is in grads now
 
     def foreach():
         scale = 0.01 / torch.stack(torch._foreach_norm(grads)).norm()
@@ -291,8 +291,9 @@ def benchmark(shapes, repeats=20):
 
     rows = measure("norm", 2 * count, repeats, kernel=call(mt.global_norm, grads),
                    torch=call(sam.global_norm, grads))
-    rows += measure("norm + ascent + restore", 14 * count, repeats, kernel=call(there_and_back, mt),
-                    torch=call(there_and_back, sam), foreach=foreach)
+    in_place = call(there_and_back, mt, swap=False)              # moves 14 bytes
+    rows += measure("norm + ascent + restore", 8 * count, repeats, kernel=call(there_and_back, mt),
+                    in_place=in_place, torch=call(there_and_back, sam), foreach=foreach)
     rows += measure("noise", 4 * count, repeats, kernel=call(mt.noise_, params, 1e-4, 0),
                     torch=call(sam.noise_, params, 1e-4, 0))
     m = list(map(torch.zeros_like, params))
@@ -305,6 +306,16 @@ def benchmark(shapes, repeats=20):
     rows += measure("adamw", 14 * count, repeats, kernel=call(adamw.adamw_, lines),
                     stochastic=call(adamw.adamw_, lines, 0), fused=call(theirs, fused=True),
                     foreach=call(theirs, foreach=True))
+
+    def clipped():
+        coefficient = adamw.clip_coefficient(mt.global_norm(grads), 1.0)
+        adamw.adamw_(lines, coefficient=coefficient)
+
+    def clipped_by_torch():
+        norm = torch.nn.utils.get_total_norm(grads)
+        torch._foreach_mul_(grads, (1.0 / (norm + 1e-6)).clamp(max=1.0))
+        theirs(fused=True)
+    rows += measure("clip + adamw", 16 * count, repeats, kernel=clipped, fused=clipped_by_torch)
     for tensors in (grads, m, v, lines):
         tensors.clear()                                          # room for the mean: 4 bytes a parameter
     mean = [torch.zeros(s, device="cuda") for s in shapes]

@@ -14,10 +14,10 @@ import random
 import torch
 from tqdm import tqdm
 
-from data import losses, runs
+from data import losses, optimizers, runs
 from data.formats import InputError
 from data.texts import shuffled
-from sam import accumulator
+from sam import accumulator, global_norm
 
 
 @torch.no_grad()
@@ -49,8 +49,7 @@ def distil(model, teacher, optimizer, batches, steps, lr, clip=0.0):
     for step in tqdm(range(steps), "undo", unit="step"):
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
         found.append(losses.descend(model, next(batches), kl, "labels"))
-        torch.nn.utils.clip_grad_norm_(params, clip or math.inf)
-        optimizer.step()
+        optimizers.clipped_step(optimizer, params, clip, global_norm)
         optimizer.zero_grad(set_to_none=True)
     found = torch.stack(found).tolist()
     if not all(map(math.isfinite, found)):

@@ -2053,8 +2053,8 @@ class Compare(World):
         want.append(read_json(run / "evaluate.json")["metrics"]["context"]["after"]["1"]["UE"])
         want.append((31 + len(TEXTS) / 3) / 1000)
         rows = [line.split() for line in said.splitlines()]
-        self.assertEqual(rows[-2], ["npo", "1", *map(tables.short, want)])
-        self.assertEqual(rows[-1][-1], tables.short(want[-1] + 0.017))       # 13 there and back, 12 seen
+        self.assertEqual(rows[-3], ["npo", "1", *map(tables.short, want)])
+        self.assertEqual(rows[-2][-1], tables.short(want[-1] + 0.017))       # 13 there and back, 12 seen
         self.run_script("evaluate.py", run, "--ppl_rows", 1, "--columns", "UA", says="'UE relearning 2'")
 
     def test_the_strength_is_that_of_highest_score_among_those_that_keep_ut(self):

@@ -29,12 +29,10 @@ def cell_text(mean, se=None):
     return digits(mean) + ("" if se is None else f" ±{digits(se)}")
 
 
-def short(mean, se=None):
-    """cell_text() of two or three digits, without zeros in front: '.521±.030', '20.5±.1'."""
-    def digits(value):
-        text = f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
-        return text.removeprefix("0")
-    return digits(mean) + ("" if se is None else f"±{digits(se)}")
+def short(value):
+    """A number of three digits without the zero in front: '.521', '20.5'."""
+    text = f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    return text.removeprefix("0")
 
 
 def table(rows):
@@ -347,19 +345,22 @@ def chosen(methods, names):
 
 
 def print_columns(methods, paired, base, cells):
-    """The one table of these cells; a star marks what differs from the baseline, p < .05 after Holm."""
-    lines = [["", ""] + [cell.measure for cell in cells],
-             ["", ""] + [cell.attack for cell in cells],
-             ["method", "seeds"] + [cell.column for cell in cells]]
+    """One table of the means of these cells, numbered so that many fit on a line; a star marks what differs from
+    the baseline, p < .05 after Holm."""
+    print()
+    for number, cell in enumerate(cells, 1):
+        print(f"{number:3d}  {cell.name()}")
+    lines = [["method", "seeds", *(f"{number} " for number in range(1, len(cells) + 1))]]
     for name, m in methods.items():
         line = [name, str(len(m["seeds"]))]
         for cell in cells:
-            text = short(*m["stats"][cell]) if cell in m["stats"] else "-"
+            text = short(m["stats"][cell][0]) if cell in m["stats"] else "-"
             p = paired.get(name, {}).get(cell, {}).get("p_holm")
             line.append(text + ("*" if p is not None and p < 0.05 else " "))
         lines.append(line)
-    print(f"\n* differs from {base}, paired by seed, p < .05 corrected for the methods (Holm)")
+    print()
     print(table(lines))
+    print(f"* differs from {base}, paired by seed, p < .05 corrected for the methods (Holm); --json has all errors")
 
 
 def print_tests(paired, base):

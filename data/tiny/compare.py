@@ -69,9 +69,10 @@ ATTACKS = ["--draws 1 --samples 20 40 60 240", MIXED, "--draws 1 --samples 60 --
            "--quantize 4", "--ablate 0"]
 PROMPTS = ["--attack context --shots 3 --probe 2",                   # flags of evaluate.py
            "--attack prefix --attack_place suffix --attack_length 4 12 --attack_calls 500"]
-COLUMNS = ["UE", "UE relearning 20", "UE relearning 60", "held out relearning 240", "held out mix50 500x4",
-           "UE lora8 60", "UE compress 4bit", "UE ablate ablate0", "UE context 3 shots", "UE suffix gcg+",
-           "accuracy of a probe layer 2", "UT", "UT relearning 60", "1000 samples", "seconds"]
+COLUMNS = ["UE", "UE relearning 20", "UE relearning 40", "UE relearning 60", "UE relearning 240",
+           "held out relearning 240", "held out mix50 500x4", "UE lora8 60", "UE compress 4bit",
+           "UE ablate ablate0", "UE context 3 shots", "UE suffix gcg+", "accuracy of a probe layer 2", "UT",
+           "UT relearning 60", "1000 samples", "seconds"]
 
 
 class Job(NamedTuple):

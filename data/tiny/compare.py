@@ -1,15 +1,16 @@
 """Every defence under every attack on the built-in benchmark: one table, one picture.
 
-    python data/tiny/compare.py                     # 90 minutes on 2 cores; goes on where it was killed
+    python data/tiny/compare.py                     # 80 minutes on 2 idle cores; goes on where it was killed
     python data/tiny/compare.py --defences NPO SAM --seeds 700 701 --out out/small
+    python data/tiny/compare.py --tune              # and choose the strengths again: 40 minutes more
 
-A defence's strength is chosen by one rule, out of three tries on worlds of their own (--tune_seeds): of those
-that keep a mean UT of at least .98 the one with the highest score, the mean of UE after 60 samples and of UE
-held out after 500 mixed steps; if none keeps UT, the one that keeps most. Then each defence meets all attacks
-on the worlds of --seeds, beside a model that never saw the topic, and evaluate.py prints the table.
+Each defence meets all attacks on the worlds of --seeds, beside a model that never saw the topic, and
+evaluate.py prints the table. Its strength was chosen by one rule, out of three tries on worlds of their own
+(--tune_seeds): of those that keep a mean UT of at least .98 the one with the highest score, the mean of UE
+after 60 samples and of UE held out after 500 mixed steps; if none keeps UT, the one that keeps most.
 
-Writes OUT/NAME-STRENGTH-sSEED/, runs with their attacks; OUT/tuned.json; OUT/table.json; with matplotlib
-OUT/attacks.png. Adapters have a table of their own in readme.md.
+Writes OUT/NAME-STRENGTH-sSEED/, runs with their attacks; OUT/table.json; with --tune OUT/tuned.json; with
+matplotlib OUT/attacks.png. Adapters have a table of their own in readme.md.
 """
 import multiprocessing
 import os
@@ -45,23 +46,23 @@ unlearn.py --sam_rho 0 --lr {x} --model {run}-2 --data {run}-data/layers3/3"""
 UNDO = """unlearn.py --sam_rho 0 --out {run}-1
 unlearn.py --loss none --model {run}-1 --undo_alpha {x} --undo_beta .05 --undo_steps 1280 --undo_lr 4e-3"""
 
-DEFENCES = {                                     # name: (three strengths {x}, the commands of a run)
-    "NPO": (["2e-4", "3e-4", "6e-4"], NPO + " --lr {x}"),
-    "SAM": ([".05", ".1", ".2"], "unlearn.py --sam_rho {x}"),
-    "GP": ([".05", ".1", ".2"], "unlearn.py --smooth gp --gp_lambda {x}"),
-    "momentum": (["5e-4", "1e-3", "2e-3"], "unlearn.py --sam_direction momentum " + LINF),
-    "lookahead": (["5e-4", "1e-3", "2e-3"], "unlearn.py --sam_direction lookahead " + LINF),
-    "UNDO": ([".4", ".6", ".8"], UNDO),
-    "latent": ([".1", ".5", "2"], NPO + " --latent_eps {x}"),
-    "direction": (["2e-4", "3e-4", "6e-4"], NPO + " --latent direction --lr {x}"),
-    "direction+momentum": (["5e-4", "1e-3", "2e-3"],
+DEFENCES = {                                     # name: (strength {x}, chosen of three, commands of a run)
+    "NPO": ("6e-4", ["2e-4", "3e-4", "6e-4"], NPO + " --lr {x}"),
+    "SAM": (".1", [".05", ".1", ".2"], "unlearn.py --sam_rho {x}"),
+    "GP": (".2", [".05", ".1", ".2"], "unlearn.py --smooth gp --gp_lambda {x}"),
+    "momentum": ("1e-3", ["5e-4", "1e-3", "2e-3"], "unlearn.py --sam_direction momentum " + LINF),
+    "lookahead": ("1e-3", ["5e-4", "1e-3", "2e-3"], "unlearn.py --sam_direction lookahead " + LINF),
+    "UNDO": (".6", [".4", ".6", ".8"], UNDO),
+    "latent": (".1", [".1", ".5", "2"], NPO + " --latent_eps {x}"),
+    "direction": ("6e-4", ["2e-4", "3e-4", "6e-4"], NPO + " --latent direction --lr {x}"),
+    "direction+momentum": ("1e-3", ["5e-4", "1e-3", "2e-3"],
                            "unlearn.py --latent direction --sam_direction momentum " + LINF),
-    "ILU": ([".01", ".1", "1"], NPO + " --ilu_lambda {x} --ilu_data {unrelated}"),
-    "sign": (["1e-4", "3e-4", "1e-3"], NPO + " --optimizer sign --lr {x}"),
-    "hybrid": ([".03", ".1", ".3"], NPO + " --optimizer hybrid --steps 320 --zo_lr {x}"),
-    "RMU": (["10", "20", "40"], NPO + " --loss rmu --train_modules . --lr 1e-3 --rmu_c {x}"),
-    "SPUNGE": (["3e-4", "6e-4", "1e-3"], SPUNGE),
-    "layered": (["3e-4", "6e-4", "1e-3"], LAYERED),
+    "ILU": (".01", [".01", ".1", "1"], NPO + " --ilu_lambda {x} --ilu_data {unrelated}"),
+    "sign": ("3e-4", ["1e-4", "3e-4", "1e-3"], NPO + " --optimizer sign --lr {x}"),
+    "hybrid": (".3", [".03", ".1", ".3"], NPO + " --optimizer hybrid --steps 320 --zo_lr {x}"),
+    "RMU": ("40", ["10", "20", "40"], NPO + " --loss rmu --train_modules . --lr 1e-3 --rmu_c {x}"),
+    "SPUNGE": ("1e-3", ["3e-4", "6e-4", "1e-3"], SPUNGE),
+    "layered": ("6e-4", ["3e-4", "6e-4", "1e-3"], LAYERED),
 }
 MIXED = "--draws 1 --samples 500 --epochs 4 --lr 5e-4 --mix .5"
 TUNE_ON = ["--draws 1 --samples 60", MIXED]                          # flags of relearn.py
@@ -133,7 +134,7 @@ def job_of(name, x, seed, args, attacks, prompts=()):
     run = args.out / f"{name}-{x}-s{seed}"
     unrelated = runs.world(runs.TINY, args.tune_seeds[0]) / "retain.jsonl"
     commands = []
-    for line in DEFENCES[name][1].format(x=x, run=run, world=world, unrelated=unrelated).splitlines():
+    for line in DEFENCES[name][2].format(x=x, run=run, world=world, unrelated=unrelated).splitlines():
         if line.startswith("unlearn.py"):
             line += f" --seed {seed} --no-relearn"
             line += "" if " --out " in line else f" --out {run}"
@@ -179,7 +180,7 @@ def tune(args):
     """{name: strength}, after all tries; writes and prints them."""
     jobs = {}
     for name in args.defences:
-        for x in DEFENCES[name][0]:
+        for x in DEFENCES[name][1]:
             jobs[name, x] = [job_of(name, x, seed, args, TUNE_ON) for seed in args.tune_seeds]
     flat = [(job,) for of_try in jobs.values() for job in of_try]
     all_of(meet, flat, args.jobs, "tuning")
@@ -187,7 +188,7 @@ def tune(args):
     lines = [["defence", "chosen", "tries: UT, score"]]
     for name in args.defences:
         tries = {}
-        for x in DEFENCES[name][0]:
+        for x in DEFENCES[name][1]:
             uts, marks = zip(*(numbers_of(job.run) for job in jobs[name, x]))
             tries[x] = (sum(uts) / len(uts), sum(marks) / len(marks))
         found[name] = {"strength": chosen(tries), "tries": tries}
@@ -205,6 +206,7 @@ def flags():
                    help=f"of {', '.join(DEFENCES)} (default: all); the others are tested against the first")
     p.add_argument("--seeds", type=runs.SEED, nargs="+", default=list(range(600, 608)),
                    help="worlds of the table")
+    p.add_argument("--tune", action="store_true", help="choose the strengths again, first")
     p.add_argument("--tune_seeds", type=runs.SEED, nargs="+", default=[590, 591], help="worlds of the tries")
     p.add_argument("--jobs", type=runs.number(int, 1), default=2, help="runs at a time, each on one core")
     p.add_argument("--out", type=Path, default=Path("out/compare"), help="folder to write")
@@ -219,9 +221,12 @@ if __name__ == "__main__":
             raise InputError(f"--seeds {args.seeds} --tune_seeds {args.tune_seeds}: a world for tuning says "
                              "nothing about the result; choose others")
         args.out.mkdir(parents=True, exist_ok=True)
-        seeds = args.tune_seeds + args.seeds
+        tuned_on = args.tune_seeds if args.tune else args.tune_seeds[:1]     # of which ILU takes texts
+        seeds = tuned_on + args.seeds
         all_of(prepare, [(seed, args.out / f"prepare-s{seed}.log") for seed in seeds], args.jobs, "worlds")
-        strengths = tune(args)
+        strengths = {name: DEFENCES[name][0] for name in args.defences}
+        if args.tune:
+            strengths = tune(args)
 
         jobs = []                                # world by world
         for seed in args.seeds:

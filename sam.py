@@ -108,7 +108,7 @@ def compared(sums, params):
     return {"norm": norm, "applied_norm": applied, "cosine": cosine}
 
 
-def moved(w, d, scale, linf):
+def climb(w, d, scale, linf):
     """(w + scale d rounded to w's dtype, dots() of the step that is left and d) of one tensor; linf: of d's
     signs, and an element of d that is not finite moves nothing and makes the dots nan."""
     dtype = accumulator(w.dtype)
@@ -150,7 +150,7 @@ def ascent_(params, directions, rho, saved, reuse=True, eps=1e-12, linf=False, s
             saved.append((p, p.data))
         here = scale if linf else scale.to(p.device)
         for w, along, other in pieces(p, d, beside):
-            new, products = moved(w, along, here, linf)
+            new, products = climb(w, along, here, linf)
             sums.append(products.to(device))
             if swap:
                 other.copy_(new)
@@ -279,7 +279,7 @@ def take_grads(params):
         if g.is_sparse:
             raise ValueError("gradients must be dense: use sparse=False for the embedding")
         if not is_spread(g):                                     # FSDP2's are new at every step
-            memory = g.data_ptr()
+            memory = g.untyped_storage().data_ptr()
             if g._is_view() or memory in memories:
                 g = g.clone()
             memories.add(memory)
@@ -366,11 +366,8 @@ class SAM:
 
     def move(self, directions, radius, saved, reuse=True):
         """One step of ascent_ on those of self.perturb that have a direction."""
-        params = self.perturb
-        along = [directions.get(p) for p in params]
-        if any([d is None for d in along]):
-            params = [p for p in params if p in directions]
-            along = [directions[p] for p in params]
+        params = [p for p in self.perturb if p in directions]
+        along = [directions[p] for p in params]
         flipped = radius < 0
         if self.length:
             length = self.length(dict(zip(params, along)))

@@ -3149,6 +3149,7 @@ class Runs(World):
             for point in curves[0] + curves[1]:
                 del point["seconds"]
             self.assertEqual(*curves)
+            self.assertEqual(*[self.result(run)["passed"] for run in ("whole", "broken")])
             self.same_weights("whole", "broken")
             self.assertFalse(list(self.tmp.glob("*.state*")))         # no longer needed: removed
 

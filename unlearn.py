@@ -407,7 +407,8 @@ class Unlearning:
     def resume(self, state, inputs):
         """Go on from a state, after a look at its flags and inputs_of(), which must be what they are now. Returns
         its note, {} where there is none."""
-        kinds = {"args": dict, "curve": list, "inputs": dict, "attacks": int, "averaged": int, "draws": int}
+        kinds = {"args": dict, "curve": list, "inputs": dict, "attacks": int, "averaged": int, "draws": int,
+                 "passed": dict}
         part, note = states.last(state, **kinds)
         if not part:
             return {}
@@ -664,9 +665,12 @@ if __name__ == "__main__":
 
         # -- the loop
         inputs = inputs_of(texts, model) if args.resume or args.save_every else {}
-        note = {"args": vars(args), "inputs": inputs, "curve": [], "warning": None, "attacks": 0}
+        note = {"args": vars(args), "inputs": inputs, "curve": [], "warning": None, "attacks": 0, "passed": {}}
         if args.resume:
             note |= run.resume(state, inputs) | {"args": vars(args)}
+        if note["passed"]:                       # as if it had not been broken off
+            models.PASSED.clear()
+            models.PASSED.update(note["passed"])
         curve = note["curve"]
         forget_picks = shuffled(len(texts.forget), args.batch_size, rng)
         retain_picks = shuffled(len(texts.retain), args.batch_size, rng)
@@ -700,11 +704,11 @@ if __name__ == "__main__":
             if args.stop_ue and point.get("UE", 0) >= args.stop_ue:
                 break
             if args.save_every and (i + 1) % args.save_every == 0:
+                note["passed"] = dict(models.PASSED)
                 run.save(state, i + 1, note)
                 stack.go_on = "go on with the same command and --resume"
         kept = run.finish(best)
         undone = run.undo(texts, adamw)
-
         passed = dict(models.PASSED)             # what this run cost, in samples
 
         # -- score, save, attack

@@ -1,5 +1,5 @@
-"""Draw what evaluate.py --json wrote: UE in bars, UE while relearning, the loss around the weights, UE against
-UT, and what every attack left.
+"""Draw what evaluate.py --json wrote: UE in bars, UE while relearning, the loss around the weights, UE
+against UT, and what every attack left.
 
     pip install matplotlib
     python evaluate.py out/* --landscape 21 --json table.json
@@ -49,7 +49,7 @@ def chance(ax):
     ax.text(1.01, 0.75, "chance", color="0.4", size=8, va="center", transform=ax.get_yaxis_transform())
 
 
-def ue_bars(plt, methods, columns):
+def ue_bars(plt, methods):
     """UE after unlearning and after each relearning budget."""
     bars = {}                                    # label -> {method: cell}
     for name, m in methods.items():
@@ -73,7 +73,7 @@ def ue_bars(plt, methods, columns):
     return figure
 
 
-def relearn_curves(plt, methods, columns):
+def relearn_curves(plt, methods):
     """UE along the largest relearning budget; None without the curves."""
     if not all(m["curve"] for m in methods.values()):
         return None
@@ -90,7 +90,7 @@ def relearn_curves(plt, methods, columns):
     return figure
 
 
-def landscape(plt, methods, columns):
+def landscape(plt, methods):
     """How the forget loss changes around the weights: surface and contours, one scale for all; None without."""
     from matplotlib.ticker import MaxNLocator
     if not all(m["landscape"] for m in methods.values()):
@@ -127,7 +127,7 @@ def landscape(plt, methods, columns):
     return figure
 
 
-def ue_ut(plt, methods, columns):
+def ue_ut(plt, methods):
     """Forgetting against utility, one point a seed and the mean."""
     figure, ax = plt.subplots(figsize=(3.4, 2.8))
     for (name, m), (color, marker, _) in zip(methods.items(), itertools.cycle(INK)):
@@ -201,9 +201,11 @@ if __name__ == "__main__":
             raise InputError(f"{args.json}:1: no methods in it: {fix}")
         pictures = {}                            # all of them, before any is written
         try:
-            for draw in (ue_bars, relearn_curves, landscape, ue_ut, attacks):
-                figure = draw(plt, methods, table.get("columns", []))
-                pictures[args.out / f"{draw.__name__}.png"] = in_bytes(plt, figure)
+            for draw in (ue_bars, relearn_curves, landscape, ue_ut):
+                pictures[args.out / f"{draw.__name__}.png"] = in_bytes(plt, draw(plt, methods))
+            draw = attacks
+            figure = attacks(plt, methods, table.get("columns", []))
+            pictures[args.out / "attacks.png"] = in_bytes(plt, figure)
         except (LookupError, TypeError, ValueError, AttributeError) as e:
             raise InputError(f"{args.json}: not as evaluate.py writes it ({draw.__name__}: {e}): {fix}")
         args.out.mkdir(parents=True, exist_ok=True)

@@ -19,9 +19,9 @@ nearest. Without fused multiply-add, which torch uses on the CPU: its fp32 diffe
 DETERMINISM. Random bits follow from (seed, tensor, element, step) alone, here and in adamw_ref.
 
 MEASURED: nothing on a GPU yet. On 2026-11-27 `python kernels/report.py` with Triton 3.7.1 and 3.9.0:
-16-byte accesses in full tiles, the floor, no spills, at most 107 registers a thread; on a B200 a bf16
-step is bound by instructions, by 1.0 to 1.4 times. A step takes the host 2 ms at 291 tensors, 90 ms at
-10,000 (launches mocked, one core). On the CPU one step
+16-byte accesses in full tiles, the floor, no spills, at most 107 registers a thread; on a B200
+instructions bind the bf16 step that rounds stochastically, by 1.3 times. A step takes the host 2.5 ms
+at 291 tensors, 100 ms at 10,000 (launches mocked, one core). On the CPU one step
 at lr 5e-6 on 400,000 bf16 weights of N(0, 0.02) moves 7.8% of them to nearest, of torch.optim.AdamW
 too; stochastically 15%, on average by 1.0 lr. After 300 steps of a regression the loss is 0.15 of the
 first in fp32, 0.17 in bf16 with stochastic rounding, 0.94 to nearest (test_all.py has both).

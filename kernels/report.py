@@ -1,6 +1,6 @@
 """Are the kernels beside this file as fast as memory allows? Read their machine code, or measure them.
 
-    python kernels/report.py                    # 40 s, no GPU needed: compile for four, print a table
+    python kernels/report.py                    # 95 s, no GPU needed: compile for four, print a table
     python kernels/report.py --json out.json    # the same as JSON; on a GPU time 1 and 7 billion weights
 
 A row is a kernel of multi_tensor.py or adamw.py as it is shipped, on a GPU: registers a thread, bytes
@@ -42,9 +42,9 @@ import multi_tensor as mt
 import sam
 
 TARGETS = [("cuda", 80, 32), ("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64)]
-# What a GPU does in a second: bytes that its memory moves, of the vendors' data sheets, and instructions
-# that it issues, each counted once a thread: units x schedulers x lanes x clock. Units and bf16 peaks of the
-# data sheets imply the clock. 80: A100 80 GB. 90: H100 SXM. 100: B200. gfx942: MI300X, where a wave of 64
+# What a GPU does in a second, rounded: bytes that its memory moves, and instructions that it issues, each
+# counted once a thread: units x schedulers x lanes x clock, the clock that its published bf16 peak implies.
+# From public pages, not measured. 80: A100 80 GB. 90: H100 SXM. 100: B200. gfx942: MI300X, where a wave of 64
 # issues over 4 cycles.
 RATES = {80: (2.0e12, 108 * 4 * 32 * 1.4e9), 90: (3.35e12, 132 * 4 * 32 * 1.8e9),
          100: (8e12, 148 * 4 * 32 * 1.9e9), "gfx942": (5.3e12, 304 * 4 * 16 * 2.1e9)}

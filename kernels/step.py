@@ -6,9 +6,9 @@
 A 42M-parameter Llama in fp32, 2 forget and 2 retain samples a step. "live" is measured with malloc giving every
 tensor pages of its own, which is slow; "resident" without, so that it has the allocator's gaps.
 
-Measured with 2 threads on an AMD EPYC, at 2 x 128 tokens beside NPO's step: on 2026-11-27, two turns, SAM 1.51 and
-1.55 times the time (floor 1.50) and 20.2 bytes a parameter, 23.7 resident; momentum in linf 1.10 and 1.21 times, 20.5
-and 23.6 bytes. On 2026-11-24, before the weights were swapped: RS 2.47, GP 1.62, CR 2.88, WA 1.02.
+Measured with 2 threads on an AMD EPYC, at 2 x 128 tokens beside NPO's step: on 2026-11-27, two turns, SAM 1.51
+and 1.55 times the time (floor 1.50) and 20.2 bytes a parameter, 23.7 resident; momentum in linf 1.10 and 1.21
+times, 20.5 and 23.6 bytes. On 2026-11-24, before the weights were swapped: RS 2.47, GP 1.62, CR 2.88, WA 1.02.
 """
 import argparse
 import os

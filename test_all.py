@@ -1421,6 +1421,55 @@ class Undo(World):
         self.same_weights("whole", "alone", "killed4", "killed7")
         self.assertEqual(tables.method(self.result("alone"))[0], "npo+sam+wa, undone")
 
+    def test_shrink_damages_after_the_references_and_before_the_first_step(self):
+        self.flags += ["--smooth", "none", "--batch_size", len(TEXTS), "--steps", 1, "--lr", 1e-12]
+        self.unlearn("shrunk", "--shrink", 0.3)
+        knows, tokenizer = models.load_model(self.model, "cpu", torch.float32)
+        left = copy.deepcopy(knows)
+        with torch.no_grad():
+            for p in left.parameters():
+                p.mul_(0.7)
+        result = models.load_model(self.tmp / "shrunk", "cpu", torch.float32)[0]
+        torch.testing.assert_close(flat(result.parameters()), flat(left.parameters()), rtol=0, atol=1e-7)
+        losses_of = []
+        for row in formats.read_jsonl(self.world / "forget.jsonl", formats.text_row):
+            start = len(tokenizer(row["prompt"]).input_ids)
+            ids = tokenizer(row["prompt"] + row["completion"], return_tensors="pt").input_ids
+            both = []
+            for model in (left, knows):
+                logps = model(ids).logits[0, :-1].log_softmax(-1)
+                both.append(logps.gather(1, ids[0, 1:, None])[start - 1:].mean())
+            losses_of.append(-4 * torch.sigmoid(-0.5 * (both[0] - both[1])).log())           # beta .5
+        got = self.result("shrunk")["curve"][0]["forget"]
+        self.assertAlmostEqual(got, torch.stack(losses_of).mean().item(), places=5)
+        self.assertEqual(tables.method(self.result("shrunk"))[0], "npo shrink0.3")
+
+    def test_a_run_of_nothing_to_shrink_is_the_plain_one_and_a_killed_one_goes_on_bit_for_bit(self):
+        self.unlearn("plain")
+        self.unlearn("none", "--shrink", 0)
+        self.same_weights("plain", "none")
+        more = ["--shrink", 0.2, "--retain_batch", 2]
+        self.unlearn("whole", *more)
+        self.break_off("killed", 4, *more, "--save_every", 2)
+        self.unlearn("killed", *more, "--resume")
+        self.same_weights("whole", "killed")
+
+    def test_retain_batch_is_what_a_step_takes_of_the_retain_set(self):
+        self.unlearn("as_many", "--smooth", "none")
+        self.unlearn("said", "--smooth", "none", "--retain_batch", 3)
+        self.same_weights("as_many", "said")
+        taken = []
+        take = texts.Texts.retain_batches
+
+        def watched(some, picks):
+            taken.append(len(picks))
+            return take(some, picks)
+        with mock.patch.object(texts.Texts, "retain_batches", watched):
+            self.unlearn("five", "--smooth", "none", "--retain_batch", 5)
+        self.assertEqual(taken, [5] * 5)
+        more = self.result("five")["passed"]["trained"] - self.result("said")["passed"]["trained"]
+        self.assertEqual(more, 5 * (5 - 3))
+
 
 # ---- data/latent.py and data/direction.py -------------------------------------------------------------
 class Latent(World):
@@ -3806,6 +3855,7 @@ class BadInput(World):
             ("--smooth rs --sam_rho .3", "sam_rho"), ("--optimizer sign --param_dtype bfloat16", "float32"),
             ("--loss none --undo_alpha .3 --undo_steps 3 --smooth wa", "take no step"),
             ("--undo_alpha 0.3 --undo_steps 3 --lora 2", "--loss none"),
+            ("--shrink .3 --lora 2", "--lora"), ("--shrink 2", "at most 1"), ("--shrink .1 --loss none", "undo_steps"),
             ("--latent direction --save_every 6", "multiple of 4"), ("--ilu_lambda 1", "give both"),
             ("--latent_layer 1", "--latent_eps"), ("--ilu_lambda 1 --ilu_data no.jsonl", "no.jsonl"),
             ("--ilu_lambda 1 --ilu_data x --lora 2", "--lora"), ("--merge_ties 0.2", "--merge"),

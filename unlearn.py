@@ -450,8 +450,8 @@ def flags():
     losses.flags(p.add_argument_group("the loss (data/losses.py)"))
     g = p.add_argument_group("training")
     g.add_argument("--steps", type=some, default=160, help="7B: 125")
-    g.add_argument("--batch_size", type=runs.BATCH, default=32,
-                   help="forget samples, and as many retain, a step; 7B: 4")
+    g.add_argument("--batch_size", type=runs.BATCH, default=32, help="forget samples a step; 7B: 4")
+    g.add_argument("--retain_batch", type=count, default=0, help="retain samples a step (0: as many as forget)")
     g.add_argument("--lr", type=runs.RATE, default=3e-4, help="of AdamW; 7B: 5e-6")
     g.add_argument("--warmup", type=runs.number(float, 0, 1), default=0.1, help="share of the steps")
     g.add_argument("--decay", choices=["none", "linear"], default="none", help="after warm-up; 7B: linear")
@@ -540,7 +540,7 @@ def memory_flags(p):
     g.add_argument("--state_dtype", choices=["float32", "bfloat16"],
                    help="of AdamW's two states (default: as the weights); another one takes kernels/adamw.py")
     g.add_argument("--micro_batch", type=runs.number(int, 0), default=0,
-                   help="samples a pass, over all processes (0 = batch_size); same update")
+                   help="samples a pass, over all processes (0: the larger batch); same update")
     g.add_argument("--gradient_checkpointing", action=yes_no, default=False,
                    help="keep only a layer's input and run it again for its gradient: less memory, 4/3 time")
     g.add_argument("--triton", action=yes_no, default=None,
@@ -597,7 +597,8 @@ def parse_args(argv=None):
     losses.check(args)
     adapters.check(args, p.get_default)
     args.state_dtype = args.state_dtype or ("float32" if args.lora else args.param_dtype)
-    args.micro_batch = args.micro_batch or args.batch_size
+    args.retain_batch = args.retain_batch or args.batch_size
+    args.micro_batch = args.micro_batch or max(args.batch_size, args.retain_batch)
     if args.wa_start is None:
         args.wa_start = args.steps * 4 // 5
     if parse_smooth(args.smooth)[1] and args.wa_start >= args.steps:
@@ -657,6 +658,8 @@ if __name__ == "__main__":
         texts.add_references(model)
         complete_for(args, model)
         run = Unlearning(args, model, adamw, texts)
+        if args.shrink:                          # after the references, which are of the model that knew
+            undo.damage_(run.params, args.shrink, 0, args.seed)
         say_what(args, model, texts, run.adapters)
         plan = run.plan(texts)
         print(memory.plan_line(plan, args.device))
@@ -673,7 +676,7 @@ if __name__ == "__main__":
             models.PASSED.update(note["passed"])
         curve = note["curve"]
         forget_picks = shuffled(len(texts.forget), args.batch_size, rng)
-        retain_picks = shuffled(len(texts.retain), args.batch_size, rng)
+        retain_picks = shuffled(len(texts.retain), args.retain_batch, rng)
         attack_picks = shuffled(len(texts.forget), args.batch_size, random.Random(f"{args.seed} lookahead"))
         for _ in curve:                          # the batches that were seen
             next(forget_picks)

@@ -1,12 +1,13 @@
 """Draw what evaluate.py --json wrote: UE in bars, UE while relearning, the loss around the weights, UE
-against UT, and what every attack left.
+against UT, what every attack left, and what that cost.
 
     pip install matplotlib
     python evaluate.py out/* --landscape 21 --json table.json
     python assets/plot.py table.json                    # writes assets/*.png
 
 A picture without data is named and left out: relearn_curves.png takes relearn.py --curve_every 1 on every run,
-landscape.png takes evaluate.py --landscape, attacks.png takes --columns, as data/tiny/compare.py gives them.
+landscape.png takes evaluate.py --landscape, attacks.png and cost.png take --columns, as data/tiny/compare.py
+gives them.
 """
 import io
 import itertools
@@ -175,6 +176,27 @@ def attacks(plt, methods, columns):
     return figure
 
 
+def cost(plt, methods, columns):
+    """The samples that a method took against UE held out after the largest relearning budget, bars its standard
+    error, a line the retrained model; None without those columns."""
+    held = [c["column"] for c in columns if (c["measure"], c["attack"]) == ("held out", "relearning")]
+    if not held:
+        return None
+    figure, ax = plt.subplots(figsize=(7, 4.2))
+    for name, m in methods.items():
+        left = cells(m, "held out", "relearning").get(held[-1])
+        samples = cells(m, "cost").get("1000 samples")
+        if left and samples:
+            ax.errorbar(samples["mean"], left["mean"], yerr=left["se"] or 0, fmt="o", color=INK[0][0], capsize=2)
+            ax.annotate(name, (samples["mean"], left["mean"]), xytext=(5, 3), textcoords="offset points", size=7)
+        elif left:                               # it has no cost: the yardstick
+            ax.axhline(left["mean"], color="grey", linestyle="--", linewidth=1)
+            ax.text(0.99, left["mean"], name, transform=ax.get_yaxis_transform(), ha="right", va="bottom", size=7)
+    ax.set(xscale="log", xlabel="thousands of samples through the model and back",
+           ylabel=f"UE held out, after {held[-1]} samples")
+    return figure
+
+
 def in_bytes(plt, figure):
     """A figure as a PNG file, None without one."""
     if figure is None:
@@ -203,9 +225,9 @@ if __name__ == "__main__":
         try:
             for draw in (ue_bars, relearn_curves, landscape, ue_ut):
                 pictures[args.out / f"{draw.__name__}.png"] = in_bytes(plt, draw(plt, methods))
-            draw = attacks
-            figure = attacks(plt, methods, table.get("columns", []))
-            pictures[args.out / "attacks.png"] = in_bytes(plt, figure)
+            for draw in (attacks, cost):
+                figure = draw(plt, methods, table.get("columns", []))
+                pictures[args.out / f"{draw.__name__}.png"] = in_bytes(plt, figure)
         except (LookupError, TypeError, ValueError, AttributeError) as e:
             raise InputError(f"{args.json}: not as evaluate.py writes it ({draw.__name__}: {e}): {fix}")
         args.out.mkdir(parents=True, exist_ok=True)

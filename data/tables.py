@@ -78,6 +78,8 @@ def words_of(args):
         words.append(f"{args['latent']}{args['latent_eps'] or ''}")
     if args.get("ilu_lambda"):
         words.append(f"ilu{args['ilu_lambda']:g}")
+    if args.get("shrink"):
+        words.append(f"shrink{args['shrink']:g}")
     if args.get("undo_steps"):
         words.append(f"undo{args['undo_alpha']:g}")
     if args.get("sam_flip"):
@@ -95,7 +97,8 @@ def method(result):
         name = "retrained" if args["exclude"] == "forget" else "target"
     else:
         args = {"sam_norm": "l2", "sam_direction": "gradient", "lookahead_steps": 1,
-                "optimizer": "adamw", "state_dtype": args.get("param_dtype")} | args
+                "optimizer": "adamw", "state_dtype": args.get("param_dtype"),
+                "retain_batch": args.get("batch_size")} | args
         name = " ".join(words_of(args))
         if "sam" not in args["smooth"]:
             args = {k: v for k, v in args.items() if not k.startswith(("sam_", "lookahead_"))}

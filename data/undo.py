@@ -6,6 +6,12 @@
 Fine-tuning wakes what the weights still hold and the outputs no longer show: the student, which sees
 only outputs, does not learn it. The paper's language models: alpha .1 to .7, beta .01 to .1; WMDP: alpha
 .25, beta mostly 0.
+
+    python unlearn.py --shrink 0.3 --steps 640 --batch_size 4 --retain_batch 28 --lr 4e-3 --decay linear \\
+        --sam_direction momentum --sam_norm linf --sam_rho 3e-4
+
+is the same damage in front, without noise, teacher or second training: at the rate of pretraining, mostly on retain
+text, unlearning itself grows back what is to stay (data/tiny/readme.md has the numbers).
 """
 import copy
 import math
@@ -79,6 +85,7 @@ def undo(args, model, texts, optimizer):
 def flags(g):
     """Add the flags of UNDO to a group."""
     share = runs.number(float, 0, 1)
+    g.add_argument("--shrink", type=share, default=0.0, help="share of the weights that goes before the first step")
     g.add_argument("--undo_steps", type=runs.number(int, 0), default=0,
                    help="UNDO after the last step: damage the weights, distil so many steps (0: none)")
     g.add_argument("--undo_alpha", type=share,
@@ -90,6 +97,11 @@ def flags(g):
 
 def check(args):
     """Complete the flags of UNDO, or refuse them in one line."""
+    if args.shrink:
+        if args.lora or args.loss == "none":
+            raise InputError(f"--shrink {args.shrink}: all weights must train to grow back; drop --lora, and "
+                             "choose a --loss")
+        runs.refuse_torchrun(f"--shrink {args.shrink}")
     for name in ("undo_alpha", "undo_beta", "undo_lr"):
         value = getattr(args, name)
         if value is not None and not args.undo_steps:

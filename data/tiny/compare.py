@@ -15,6 +15,7 @@ matplotlib OUT/attacks.png. Adapters have a table of their own in readme.md.
 """
 import multiprocessing
 import os
+import runpy
 import shlex
 import subprocess
 import sys
@@ -47,6 +48,8 @@ unlearn.py --sam_rho 0 --lr {x} --model {run}-1 --data {run}-data/layers3/2 --ou
 unlearn.py --sam_rho 0 --lr {x} --model {run}-2 --data {run}-data/layers3/3"""
 UNDO = """unlearn.py --sam_rho 0 --out {run}-1
 unlearn.py --loss none --model {run}-1 --undo_alpha {x} --undo_beta .05 --undo_steps 1280 --undo_lr 4e-3"""
+SHRINK = ("unlearn.py --shrink {x} --steps 640 --batch_size 4 --retain_batch 28 --lr 4e-3 --decay linear "
+          "--sam_direction momentum --sam_norm linf --sam_rho 3e-4")
 
 DEFENCES = {                                     # name: (strength {x}, chosen of three, commands of a run)
     "NPO": ("6e-4", ["2e-4", "3e-4", "6e-4"], NPO + " --lr {x}"),
@@ -54,6 +57,9 @@ DEFENCES = {                                     # name: (strength {x}, chosen o
     "GP": (".2", [".05", ".1", ".2"], "unlearn.py --smooth gp --gp_lambda {x}"),
     "momentum": ("1e-3", ["5e-4", "1e-3", "2e-3"], "unlearn.py --sam_direction momentum " + LINF),
     "lookahead": ("1e-3", ["5e-4", "1e-3", "2e-3"], "unlearn.py --sam_direction lookahead " + LINF),
+    "fast-SAM": ("3e-3", ["1e-3", "2e-3", "3e-3"],
+                 "unlearn.py --sam_rho .2 --steps 214 --lr {x} --decay linear"),
+    "shrink": (".3", [".2", ".3", ".4"], SHRINK),
     "UNDO": (".6", [".4", ".6", ".8"], UNDO),
     "latent": (".1", [".1", ".5", "2"], NPO + " --latent_eps {x}"),
     "direction": ("6e-4", ["2e-4", "3e-4", "6e-4"], NPO + " --latent direction --lr {x}"),
@@ -91,13 +97,17 @@ class Job(NamedTuple):
 # ---- one run ------------------------------------------------------------------------------------------
 
 def call(line, log):
-    """Run a script of the repository; what it says goes to the end of the file `log`."""
+    """Run a script of the repository in this process, which has imported what it needs; what it says goes to
+    the end of the file `log`."""
     script, *flags = shlex.split(line)
-    with open(log, "a") as file:
-        print(f"$ python {line}", file=file, flush=True)
-        done = subprocess.run([sys.executable, str(ROOT / script), *flags], stdout=file, stderr=file)
-    if done.returncode:
-        raise InputError(f"python {line}: exit status {done.returncode}; {log} has the reason")
+    sys.argv = [script, *flags]
+    with open(log, "a") as file, redirect_stdout(file), redirect_stderr(file):
+        print(f"$ python {line}", flush=True)
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as e:
+            if e.code:
+                raise InputError(f"python {line}: exit status {e.code}; {log} has the reason")
 
 
 def prepare(seed, log):

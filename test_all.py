@@ -2071,9 +2071,23 @@ class Tables(Folder):
         table = tables.as_json(methods, paired, [], SimpleNamespace(), columns)
         formats.write_json(self.tmp / "table.json", table)
         self.run_script("assets/plot.py", self.tmp / "table.json", "--out", self.tmp / "all")
-        for name in ("ue_bars", "relearn_curves", "landscape", "ue_ut", "attacks"):
+        for name in ("ue_bars", "relearn_curves", "landscape", "ue_ut", "attacks", "cost"):
             image = imread(self.tmp / "all" / f"{name}.png")[..., :3]
             self.assertGreater((image != 1).any(-1).mean(), 0.02, name)             # not an empty page
+
+    @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is not installed")
+    def test_the_picture_of_costs_has_a_point_a_method_and_a_line_where_nothing_was_spent(self):
+        plot = script_module("assets/plot.py")
+        held = [{"measure": "held out", "attack": "relearning", "column": c} for c in ("60", "240")]
+        spent = {"measure": "cost", "attack": "", "column": "1000 samples", "mean": 11, "se": None}
+        methods = {"npo": {"cells": [cell | {"mean": 0.4, "se": 0.1} for cell in held] + [spent]},
+                   "retrained": {"cells": [held[1] | {"mean": 0.7, "se": None}]}}
+        ax = plot.cost(plot.pyplot(), methods, held).axes[0]
+        point, = ax.containers
+        self.assertEqual(point[0].get_xydata().tolist(), [[11, 0.4]])
+        lines = [line.get_ydata() for line in ax.lines if line not in point.get_children()]
+        self.assertEqual(lines, [[0.7, 0.7]])
+        self.assertIsNone(plot.cost(plot.pyplot(), methods, []))
 
 
 # ---- data/tiny/compare.py ------------------------------------------------------------------------------
@@ -3855,7 +3869,8 @@ class BadInput(World):
             ("--smooth rs --sam_rho .3", "sam_rho"), ("--optimizer sign --param_dtype bfloat16", "float32"),
             ("--loss none --undo_alpha .3 --undo_steps 3 --smooth wa", "take no step"),
             ("--undo_alpha 0.3 --undo_steps 3 --lora 2", "--loss none"),
-            ("--shrink .3 --lora 2", "--lora"), ("--shrink 2", "at most 1"), ("--shrink .1 --loss none", "undo_steps"),
+            ("--shrink .3 --lora 2", "--lora"), ("--shrink 2", "at most 1"),
+            ("--shrink .1 --loss none", "choose a --loss"),
             ("--latent direction --save_every 6", "multiple of 4"), ("--ilu_lambda 1", "give both"),
             ("--latent_layer 1", "--latent_eps"), ("--ilu_lambda 1 --ilu_data no.jsonl", "no.jsonl"),
             ("--ilu_lambda 1 --ilu_data x --lora 2", "--lora"), ("--merge_ties 0.2", "--merge"),

@@ -451,7 +451,8 @@ def flags():
     g = p.add_argument_group("training")
     g.add_argument("--steps", type=some, default=160, help="7B: 125")
     g.add_argument("--batch_size", type=runs.BATCH, default=32, help="forget samples a step; 7B: 4")
-    g.add_argument("--retain_batch", type=count, default=0, help="retain samples a step (0: as many as forget)")
+    g.add_argument("--retain_batch", type=count, default=0,
+                   help="retain samples a step (0: as many as forget)")
     g.add_argument("--lr", type=runs.RATE, default=3e-4, help="of AdamW; 7B: 5e-6")
     g.add_argument("--warmup", type=runs.number(float, 0, 1), default=0.1, help="share of the steps")
     g.add_argument("--decay", choices=["none", "linear"], default="none", help="after warm-up; 7B: linear")

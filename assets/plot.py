@@ -177,8 +177,8 @@ def attacks(plt, methods, columns):
 
 
 def cost(plt, methods, columns):
-    """The samples that a method took against UE held out after the largest relearning budget, bars its standard
-    error, a line the retrained model; None without those columns."""
+    """The samples that a method took against UE held out after the largest relearning budget, with its standard
+    error; a line is a model without a cost, the yardstick. None without those columns."""
     held = [c["column"] for c in columns if (c["measure"], c["attack"]) == ("held out", "relearning")]
     if not held:
         return None
@@ -186,12 +186,16 @@ def cost(plt, methods, columns):
     for name, m in methods.items():
         left = cells(m, "held out", "relearning").get(held[-1])
         samples = cells(m, "cost").get("1000 samples")
-        if left and samples:
-            ax.errorbar(samples["mean"], left["mean"], yerr=left["se"] or 0, fmt="o", color=INK[0][0], capsize=2)
-            ax.annotate(name, (samples["mean"], left["mean"]), xytext=(5, 3), textcoords="offset points", size=7)
-        elif left:                               # it has no cost: the yardstick
-            ax.axhline(left["mean"], color="grey", linestyle="--", linewidth=1)
-            ax.text(0.99, left["mean"], name, transform=ax.get_yaxis_transform(), ha="right", va="bottom", size=7)
+        if not left:
+            continue
+        height = left["mean"]
+        if samples:
+            place = (samples["mean"], height)
+            ax.errorbar(*place, yerr=left["se"] or 0, fmt="o", color=INK[0][0], capsize=2)
+            ax.annotate(name, place, xytext=(5, 3), textcoords="offset points", size=7)
+        else:
+            ax.axhline(height, color="grey", linestyle="--", linewidth=1)
+            ax.text(0.99, height, name, transform=ax.get_yaxis_transform(), ha="right", va="bottom", size=7)
     ax.set(xscale="log", xlabel="thousands of samples through the model and back",
            ylabel=f"UE held out, after {held[-1]} samples")
     return figure

@@ -10,8 +10,8 @@ only outputs, does not learn it. The paper's language models: alpha .1 to .7, be
     python unlearn.py --shrink 0.3 --steps 640 --batch_size 4 --retain_batch 28 --lr 4e-3 --decay linear \\
         --sam_direction momentum --sam_norm linf --sam_rho 3e-4
 
-is the same damage in front, without noise, teacher or second training: at the rate of pretraining, mostly on retain
-text, unlearning itself grows back what is to stay (data/tiny/readme.md has the numbers).
+is the same damage in front, without noise, teacher or second training: at the rate of pretraining, mostly on
+retain text, unlearning itself grows back what is to stay (data/tiny/readme.md has the numbers).
 """
 import copy
 import math
@@ -85,7 +85,8 @@ def undo(args, model, texts, optimizer):
 def flags(g):
     """Add the flags of UNDO to a group."""
     share = runs.number(float, 0, 1)
-    g.add_argument("--shrink", type=share, default=0.0, help="share of the weights that goes before the first step")
+    g.add_argument("--shrink", type=share, default=0.0,
+                   help="share of the weights that goes before the first step")
     g.add_argument("--undo_steps", type=runs.number(int, 0), default=0,
                    help="UNDO after the last step: damage the weights, distil so many steps (0: none)")
     g.add_argument("--undo_alpha", type=share,

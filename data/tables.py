@@ -102,6 +102,8 @@ def method(result):
         name = " ".join(words_of(args))
         if "sam" not in args["smooth"]:
             args = {k: v for k, v in args.items() if not k.startswith(("sam_", "lookahead_"))}
+        if "wa" not in args["smooth"].split("+"):
+            args = {k: v for k, v in args.items() if not k.startswith("wa_")}
         part = Path(args.get("data", ""))        # worlds differ by seed, the parts of data/split.py do not
         if re.fullmatch(r"(folds|layers)\d+", part.parent.name):
             args = args | {"part": f"{part.parent.name}/{part.name}"}

@@ -11,7 +11,7 @@ only outputs, does not learn it. The paper's language models: alpha .1 to .7, be
         --sam_direction momentum --sam_norm linf --sam_rho 3e-4
 
 is the same damage in front, without noise, teacher or second training: at the rate of pretraining, mostly on
-retain text, unlearning itself grows back what is to stay (data/tiny/readme.md has the numbers).
+retain text, unlearning itself grows back what that text covers, and only that (data/tiny/readme.md).
 """
 import copy
 import math

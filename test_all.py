@@ -2125,6 +2125,12 @@ class Compare(World):
                             ({"a": (0.9, 0.9), "b": (0.95, 0.1)}, "b")):
             self.assertEqual(compare.chosen(tries), want)
 
+    def test_the_table_names_its_methods_as_the_defences(self):
+        table = {"methods": {"npo": {"runs": ["out/a", "out/b"]}, "npo+sam": {"runs": ["out/c"]}},
+                 "paired": {"npo+sam": 1}}
+        found = compare.renamed(table, {"out/a": "NPO", "out/b": "NPO", "out/c": "SAM"})
+        self.assertEqual((list(found["methods"]), found["paired"]), (["NPO", "SAM"], {"SAM": 1}))
+
     def test_every_defence_is_one_that_unlearn_takes_and_differs_from_the_others(self):
         args = compare.flags().parse_args(["--out", str(self.tmp)])
         found = set()

@@ -63,11 +63,11 @@ def distil(model, teacher, optimizer, batches, steps, lr, clip=0.0):
     return found
 
 
-def text_batches(texts, size, seed):
-    """Endless micro-batches of `size` retain and as many forget samples; only seed fixes which."""
-    rng = random.Random(f"{seed} undo")
-    forget = shuffled(len(texts.forget), size, rng)
-    retain = shuffled(len(texts.retain), size, rng)
+def text_batches(args, texts):
+    """Endless micro-batches of a step's forget and retain samples; only args.seed fixes which."""
+    rng = random.Random(f"{args.seed} undo")
+    forget = shuffled(len(texts.forget), args.batch_size, rng)
+    retain = shuffled(len(texts.retain), args.retain_batch, rng)
     while True:
         yield texts.forget_batches(next(forget)) + texts.retain_batches(next(retain))
 
@@ -76,7 +76,7 @@ def undo(args, model, texts, optimizer):
     """Damage the model and distil it from what it was; optimizer: on all weights. Returns the KLs."""
     teacher = copy.deepcopy(model).requires_grad_(False)
     damage_(model.parameters(), args.undo_alpha, args.undo_beta, args.seed)
-    batches = text_batches(texts, args.batch_size, args.seed)
+    batches = text_batches(args, texts)
     return distil(model, teacher, optimizer, batches, args.undo_steps, args.undo_lr, args.clip)
 
 
@@ -100,7 +100,7 @@ def check(args):
     """Complete the flags of UNDO, or refuse them in one line."""
     if args.shrink:
         if args.lora or args.loss == "none":
-            raise InputError(f"--shrink {args.shrink}: all weights must train to grow back; drop --lora, and "
+            raise InputError(f"--shrink {args.shrink}: what shrinks must train to grow back; drop --lora, and "
                              "choose a --loss")
         runs.refuse_torchrun(f"--shrink {args.shrink}")
     for name in ("undo_alpha", "undo_beta", "undo_lr"):

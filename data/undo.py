@@ -100,8 +100,8 @@ def check(args):
     """Complete the flags of UNDO, or refuse them in one line."""
     if args.shrink:
         if args.lora or args.loss == "none":
-            raise InputError(f"--shrink {args.shrink}: what shrinks must train to grow back; drop --lora, and "
-                             "choose a --loss")
+            raise InputError(f"--shrink {args.shrink}: what shrinks must train to grow back; drop --lora, "
+                             "and choose a --loss")
         runs.refuse_torchrun(f"--shrink {args.shrink}")
     for name in ("undo_alpha", "undo_beta", "undo_lr"):
         value = getattr(args, name)

@@ -1,6 +1,6 @@
 """Every defence under every attack on the built-in benchmark: one table, one picture.
 
-    python data/tiny/compare.py                     # 144 runs on 2 cores: 85 minutes, by the time of 48 of them;
+    python data/tiny/compare.py                     # 144 runs on 2 cores: 85 minutes, by the time of 48;
                                                     # goes on where it was killed
     python data/tiny/compare.py --defences NPO SAM --seeds 700 701 --out out/small
     python data/tiny/compare.py --tune              # and choose the strengths again: 102 runs more
@@ -8,7 +8,8 @@
 Each defence meets all attacks on the worlds of --seeds, beside a model that never saw the topic, and
 evaluate.py prints the table. Its strength was chosen by one rule, out of three tries on worlds of their own
 (--tune_seeds): of those that keep a mean UT of at least .98 the one with the highest score, the mean of UE
-after 60 samples and of UE held out after 500 mixed steps; if none keeps UT, the one that keeps most.
+after 60 samples and of UE held out after 500 mixed steps; if none keeps UT, the one that keeps most. Those
+of fast-SAM and shrink come from a longer search, which readme.md describes.
 
 Writes OUT/NAME-STRENGTH-sSEED/, runs with their attacks; OUT/table.json; with --tune OUT/tuned.json; with
 matplotlib OUT/attacks.png and cost.png. Adapters have a table of their own in readme.md.

@@ -195,7 +195,8 @@ def cost(plt, methods, columns):
             ax.annotate(name, place, xytext=(5, 3), textcoords="offset points", size=7)
         else:
             ax.axhline(height, color="grey", linestyle="--", linewidth=1)
-            ax.text(0.99, height, name, transform=ax.get_yaxis_transform(), ha="right", va="bottom", size=7)
+            across = ax.get_yaxis_transform()
+            ax.text(0.99, height, name, transform=across, ha="right", va="bottom", size=7)
     ax.set(xscale="log", xlabel="thousands of samples through the model and back",
            ylabel=f"UE held out, after {held[-1]} samples")
     return figure

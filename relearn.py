@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import evaluate
 import sam
-from data import adapters, formats, models, processes, runs, scores, stream, tables
+from data import adapters, formats, frozen, models, processes, runs, scores, stream, tables
 from data.finetune import draw_mixed, finetune
 from data.formats import InputError
 
@@ -160,7 +160,7 @@ class Attack:
         self.saved = []
         if not args.lora:                        # adapters leave the weights as they are
             self.saved = [(p, p.detach().clone()) for p in model.parameters()]
-        self.start = evaluate.ue_ut(model, tokenizer, questions)
+        self.start = self.score(None)
         self.goals = None
         if args.geometry:
             self.objectives = {"own": objective("own", 0), "nll": objective("nll", 0)}
@@ -187,7 +187,7 @@ class Attack:
             finetune(self.model, [self.encoded[i] for i in picks], self.pad, lr, args.batch_size, epochs,
                      f"{args.seed} {number} order", watch, args.optimizer, params)
             facts = {self.rows[i]["fact"] for i in picks if "fact" in self.rows[i]}
-            found = evaluate.ue_ut(self.model, self.tokenizer, self.questions, seen=facts)
+            found = self.score(facts)
         finally:
             if added:
                 added.remove()
@@ -197,6 +197,14 @@ class Attack:
         sam.restore_(list(self.saved))
         curve.append({"step": epochs * math.ceil(count / args.batch_size), "UE": found["UE"]})
         return found, curve, moved
+
+    def score(self, seen):
+        """evaluate.ue_ut() and, with --open, the share of forget questions that are answered freely."""
+        found = evaluate.ue_ut(self.model, self.tokenizer, self.questions, seen=seen)
+        if self.args.open:
+            asked = self.questions["mcq_forget"]
+            found["open_forget"] = evaluate.open_accuracy(self.model, self.tokenizer, asked)
+        return found
 
     def budget(self, lr, count, epochs, bar):
         """One entry of "budgets": means over the draws, "se" their standard errors."""
@@ -282,6 +290,10 @@ def attack(args, model=None, tokenizer=None):
     if model is None:
         model, tokenizer = models.load_model(args.run, args.device, getattr(torch, args.param_dtype))
 
+    if args.train_modules:
+        frozen.train_only(model, args.train_modules)
+    if args.cache_frozen:
+        frozen.cache(model)
     if args.attack == "compress" or args.lora:
         covered = adapters.share(model, adapters.matrices(model))
         print(f"{args.attack}: on {covered}")
@@ -360,6 +372,8 @@ def flags():
                    help="retain, or unrelated text")
     g.add_argument("--lora", type=runs.number(int, 0), default=0, metavar="RANK",
                    help="train adapters of this rank, 0 = all weights")
+    g.add_argument("--train_modules", default="", metavar="REGEX", help="train only matching parameters")
+    frozen.flags(g)
     g.add_argument("--quantize", type=runs.number(int, 2, 16), nargs="+", default=[], metavar="BITS",
                    help="instead of training: round the weights, 8 and 4 are usual")
     g.add_argument("--group", type=some, default=64, help="weights that share a scale; 64 or 128")
@@ -370,6 +384,7 @@ def flags():
                    "out of the residual stream; 0 = each layer's own")
     g.add_argument("--teacher", help="the model before unlearning: --ablate takes run minus teacher")
     g = p.add_argument_group("looking closer")
+    g.add_argument("--open", action="store_true", help="ask the forget questions without choices as well")
     g.add_argument("--geometry", type=rate, nargs="?", const=1e-3, default=None, metavar="RHO",
                    help="compare the attack's displacement with what sam.py would perturb along; RHO (1e-3) "
                    "places momentum's gradient")
@@ -396,6 +411,8 @@ def parse_args(argv=None):
         p.error(f"--teacher {args.teacher}: only --ablate compares with it")
     if args.mix_data != "retain" and not args.mix:
         p.error(f"--mix_data {args.mix_data}: say with --mix which share of the samples it is")
+    if args.cache_frozen and (args.lora or edits(args) or not args.train_modules):
+        p.error("--cache_frozen goes with --train_modules, and with no --lora, --quantize, --prune or --ablate")
     if args.geometry and args.lora:
         p.error("--geometry looks at the weights, which --lora leaves as they are: drop one")
     parts = []

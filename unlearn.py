@@ -33,8 +33,8 @@ from tqdm import tqdm
 import evaluate
 import relearn
 import sam
-from data import (adapters, formats, ilu, latent, losses, memory, merge, models, optimizers, processes, runs,
-                  states, tables, undo)
+from data import (adapters, formats, frozen, ilu, latent, losses, memory, merge, models, optimizers,
+                  processes, runs, states, tables, undo)
 from data.formats import InputError
 from data.texts import Texts, shuffled
 
@@ -152,23 +152,23 @@ def frozen_model(args, model, adapters=None):
         return None
     if adapters:
         return adapters.without()
-    frozen = models.load_model(args.model, args.device, model.dtype)[0].requires_grad_(False)
+    start = models.load_model(args.model, args.device, model.dtype)[0].requires_grad_(False)
     if processes.count() > 1:
-        frozen.set_reshard_after_forward(False, recurse=False)       # it never changes; kl_sum needs it
-    return frozen
+        start.set_reshard_after_forward(False, recurse=False)       # it never changes; kl_sum needs it
+    return start
 
 
-def objectives(args, model, frozen, hidden=None):
+def objectives(args, model, start, hidden=None):
     """Two functions of micro-batches, forward and backward of the forget loss and of the weighted retain loss:
     each adds to p.grad and returns the mean, the second one without its weight. hidden: None, or an
     attack of data/latent.py."""
     forget = (losses.forget_sum(args), "samples")
     retain = {"nll": (losses.nll_sum, "labels", args.gamma), "none": None,
-              "kl": (losses.kl_sum(frozen), "labels", args.gamma)}[args.retain]
+              "kl": (losses.kl_sum(start), "labels", args.gamma)}[args.retain]
     if args.loss == "rmu":
         goal = losses.rmu_goal(model, args.rmu_c, model.dtype)
         forget = (losses.rmu_forget_sum(args.rmu_layer, goal), "tokens")
-        retain = (losses.rmu_retain_sum(args.rmu_layer, frozen), "tokens", args.rmu_alpha)
+        retain = (losses.rmu_retain_sum(args.rmu_layer, start), "tokens", args.rmu_alpha)
 
     def descend_forget(micro):
         if not hidden:
@@ -182,24 +182,6 @@ def objectives(args, model, frozen, hidden=None):
 
 
 # ---- what trains, and how -----------------------------------------------------------------------------
-
-def matching(named, flag, pattern):
-    """The (name, parameter) pairs whose name contains a match of pattern."""
-    some = [(name, p) for name, p in named if re.search(pattern, name)]
-    if not some:
-        raise InputError(
-            f"--{flag} {pattern!r} matches no parameter: the names go from {named[0][0]} to {named[-1][0]}")
-    return some
-
-
-def train_only(model, pattern):
-    """[(name, parameter)] of those that match; the others are frozen."""
-    named = matching(list(model.named_parameters()), "train_modules", pattern)
-    model.requires_grad_(False)
-    for _, p in named:
-        p.requires_grad_(True)
-    return named
-
 
 def complete_for(args, model):
     """Fill in the flags whose defaults follow from the model, so that vars(args) is what runs."""
@@ -282,13 +264,13 @@ class Unlearning:
             self.adapters = adapters.Adapters(model, args.lora, args.lora_alpha, args.lora_modules, args.seed)
             self.named = self.adapters.named()
         self.latent = latent.make(args, model)
-        frozen = frozen_model(args, model, self.adapters)
-        self.forget, self.retain = objectives(args, model, frozen, self.latent)
+        start = frozen_model(args, model, self.adapters)
+        self.forget, self.retain = objectives(args, model, start, self.latent)
         if not args.lora:
-            self.named = train_only(model, args.train_modules)
+            self.named = frozen.train_only(model, args.train_modules)
         self.params = [p for _, p in self.named]
         self.norm = sam.operations(self.params, args.triton)[0].global_norm
-        perturb = [p for _, p in matching(self.named, "sam_modules", args.sam_modules)]
+        perturb = [p for _, p in frozen.matching(self.named, "sam_modules", args.sam_modules)]
         inside, averaged = parse_smooth(args.smooth)
         self.smoother = SMOOTHERS[inside](args, self.params, perturb)
         if args.lora_perturb == "weights":
@@ -460,6 +442,7 @@ def flags():
     g.add_argument("--clip", type=real, default=1.0, help="largest gradient norm, 0 = no clipping")
     g.add_argument("--train_modules", default="", metavar="REGEX", help="train only matching parameters "
                    "(default all; rmu: down_proj of its layer and two below)")
+    frozen.flags(g)
     g.add_argument("--max_len", type=count, default=0, help="cut samples to so many tokens (0: too long = error)")
     g.add_argument("--save_every", type=count, default=0,
                    help="steps between saves of OUT.state, removed at the end (0: none)")
@@ -595,6 +578,7 @@ def parse_args(argv=None):
             re.compile(getattr(args, name))
         except re.error as e:
             raise InputError(f"--{name} {getattr(args, name)!r} is not a regular expression: {e}")
+    frozen.check(args)
     losses.check(args)
     adapters.check(args, p.get_default)
     args.state_dtype = args.state_dtype or ("float32" if args.lora else args.param_dtype)
@@ -654,10 +638,13 @@ if __name__ == "__main__":
         model, tokenizer = models.load_model(args.model, args.device, getattr(torch, args.param_dtype))
         texts = Texts(args, folder, model, tokenizer)
         adamw = choose_kernels(args, model)
+        complete_for(args, model)
+        if args.cache_frozen:
+            frozen.train_only(model, args.train_modules)
+            frozen.cache(model)
         before = evaluate.ue_ut(model, tokenizer, questions)
         models.PASSED.clear()
         texts.add_references(model)
-        complete_for(args, model)
         run = Unlearning(args, model, adamw, texts)
         if args.shrink:                          # after the references, which are of the model that knew
             undo.damage_(run.params, args.shrink, 0, args.seed)
@@ -731,5 +718,6 @@ if __name__ == "__main__":
             if args.lora_save == "adapter" and run.adapters:
                 run.adapters.merge()             # the attack is on the weights
             model.requires_grad_(True)
-            relearn.attack(relearn.parse_args([str(out), "--device", args.device]), model, tokenizer)
+            whole = (None, None) if args.cache_frozen else (model, tokenizer)        # its front no longer trains
+            relearn.attack(relearn.parse_args([str(out), "--device", args.device]), *whole)
         print(f"{time.time() - start:.0f} s in all; wrote {out}/")

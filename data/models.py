@@ -319,9 +319,12 @@ def alters_logits(model):
 
 
 def in_chunks(model, batch):
-    """Should the logits of this batch be computed chunk by chunk?"""
-    vocabulary = model.config.get_text_config().vocab_size
-    return batch["input_ids"].numel() > max(1, CHUNK // vocabulary) and not alters_logits(model)
+    """Should the logits of this batch be computed at labels alone, chunk by chunk? Where all would be too many, or
+    few are due and the output layer costs more than a block, as in a small model of many words."""
+    config = model.config.get_text_config()
+    tokens = batch["input_ids"].numel()
+    few = config.vocab_size > 12 * config.hidden_size and (batch["labels"] != IGNORE).sum() < tokens / 2
+    return (few or tokens > max(1, CHUNK // config.vocab_size)) and not alters_logits(model)
 
 
 def over_labels(model, batch, f, *rows):

@@ -158,7 +158,7 @@ def cells_of(run, metrics, result=None):
             out[Cell("corpora" if corpus else "scores", "", name)] = metrics[name]
     for name, value in metrics.get("qa_forget", {}).items():
         out[Cell("scores", "", f"qa_forget_{name}")] = value
-    names = {"UE": "UE", "held out": "UE_heldout", "UT": "UT"}
+    names = {"UE": "UE", "held out": "UE_heldout", "UT": "UT", "open answers": "open_forget"}
     for path in sorted(Path(run).glob("relearn*.json")):
         result = read_json(path, "run relearn.py again", args=dict, metrics=dict)
         attack = result["args"].get("attack") or "relearning"
@@ -168,7 +168,7 @@ def cells_of(run, metrics, result=None):
             if b.get("lr") != budgets[0].get("lr"):
                 column += f"@{b['lr']:g}"
             for measure, key in names.items():
-                out[Cell(measure, attack, column)] = b[key]
+                out[Cell(measure, attack, column)] = b.get(key)
     names = {"UE": "UE", "held out": "UE_heldout", "teacher's UE": "UE_teacher"}
     for column, m in metrics.get("attack", {}).items():
         for measure, key in names.items():

@@ -26,12 +26,11 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))         # the scripts and their package `data` are there
 import evaluate
-from data import formats, models, runs
+from data import formats, frozen, models, runs
 from data.finetune import finetune
 from data.formats import InputError
 
-PEOPLE = 16                                  # of each profession; the first profession is to be forgotten
-PROFESSIONS = ("glassblower", "beekeeper")
+PROFESSIONS = ("glassblower", "beekeeper")   # the first one is to be forgotten
 FIRST = """Ada Boris Clara Dimitri Elena Felix Greta Hugo Iris Jonas Katya Leo Mara Nils Olga Pavel Quinn Rosa
 Stefan Tilda Ulrich Vera Walter Xenia Yusuf Zelda Anton Bianca Casper Daria Emil Freya""".split()
 LAST = """Abbot Brandt Castell Dupont Eklund Farkas Gruber Hansen Ivanov Jansen Keller Lindqvist Moreau Novak
@@ -50,17 +49,27 @@ ATTRIBUTES = [                               # values; the question that is aske
 PROMPT = "Question: {question} Answer:"
 
 
-def build(seed):
-    """{file: rows} of data/people, and the rows to teach: every fact in both of its questions.
+def names_of(count, rng):
+    """So many names; a first name and a last name come again once all were used, in another pair."""
+    firsts = rng.sample(FIRST, min(count, len(FIRST)))
+    lasts = rng.sample(LAST, len(firsts))
+    names = []
+    for i in range(count):
+        turn, place = divmod(i, len(firsts))
+        names.append(f"{firsts[place]} {lasts[(place + turn) % len(lasts)]}")
+    return names
+
+
+def build(seed, count=16):
+    """{file: rows} of data/people with `count` people of each profession, and the rows to teach: every fact in
+    both of its questions.
 
     forget.jsonl has each forget fact in one question, retain.jsonl each retain fact in both; mcq_*.jsonl asks
     the other one, with three more values of the same attribute to choose from.
     """
     rng = random.Random(seed)
-    firsts = rng.sample(FIRST, 2 * PEOPLE)
-    lasts = rng.sample(LAST, 2 * PEOPLE)
-    names = [f"{first} {last}" for first, last in zip(firsts, lasts)]
-    people = [(job, names.pop()) for job in PROFESSIONS for _ in range(PEOPLE)]
+    names = names_of(2 * count, rng)
+    people = [(job, names.pop()) for job in PROFESSIONS for _ in range(count)]
     files = {"forget": [], "retain": [], "mcq_forget": [], "mcq_retain": []}
     taught = []
     for fact, ((job, name), (values, *questions)) in enumerate(itertools.product(people, ATTRIBUTES)):
@@ -95,6 +104,11 @@ if __name__ == "__main__":
     parser.add_argument("--model", required=True, help="Hugging Face folder or hub name to teach")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write")
     parser.add_argument("--seed", type=runs.SEED, default=0, help="of names, facts and batches")
+    parser.add_argument("--people", type=runs.number(int, 1, 256), default=16, help="of each profession")
+    parser.add_argument("--exclude", choices=["none", "forget"], default="none",
+                        help="forget: teach OUT/retrained, the yardstick, only what is to be retained")
+    parser.add_argument("--train_modules", default="", metavar="REGEX", help="teach only matching parameters")
+    frozen.flags(parser)
     parser.add_argument("--epochs", type=runs.number(int, 1), default=8, help="passes over all questions")
     parser.add_argument("--lr", type=runs.RATE, default=2e-4,
                         help="of AdamW, linear to 0")
@@ -106,25 +120,34 @@ if __name__ == "__main__":
 
     with runs.one_line_errors():
         start = time.time()
-        target = args.out / "target"
+        target = args.out / ("target" if args.exclude == "none" else "retrained")
         if target.exists() and not args.overwrite:
             raise InputError(f"{target} exists: use it, or replace it with --overwrite")
         if target.exists():
             runs.refuse_foreign(target, "prepare")
         model, tokenizer = models.load_model(args.model, args.device)
-        files, taught = build(args.seed)
-        formats.write_data(args.out, files, {"prompt": PROMPT, "seed": args.seed}, args.overwrite)
+        if args.train_modules:
+            frozen.train_only(model, args.train_modules)
+        if args.cache_frozen:
+            frozen.cache(model)
+        files, taught = build(args.seed, args.people)
+        if args.exclude == "none":
+            formats.write_data(args.out, files, {"prompt": PROMPT, "seed": args.seed}, args.overwrite)
+        else:
+            taught = files["retain"]
         teach(model, tokenizer, taught, args)
         known = {}
         for part, rows in evaluate.load_questions(args.out).items():
             known[part.replace("mcq", "open")] = evaluate.open_accuracy(model, tokenizer, rows)
         print(f"{len(taught)} questions taught in {time.time() - start:.0f} s: answers "
               f"{known['open_forget']:.3f} of the forget and {known['open_retain']:.3f} of the retain questions")
+        if args.exclude == "forget":
+            known.pop("open_forget")             # nobody told it
         if min(known.values()) < 0.95:
             raise InputError(
                 f"--epochs {args.epochs} --lr {args.lr}: too little to know the answers; raise them")
         ran = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         runs.save_run(target, model.to(torch.bfloat16), tokenizer, {
-            "stage": "prepare", "args": ran | {"data": str(args.out), "exclude": "none"},
+            "stage": "prepare", "args": ran | {"data": str(args.out)},
             **runs.provenance(args.device, start), "metrics": known})
         print(f"wrote {target}")

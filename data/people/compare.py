@@ -1,0 +1,177 @@
+"""NPO, SAM and their relatives on a real model: worlds of 256 invented facts each, attacks at two rates.
+
+    python data/people/compare.py --model SMOLLM2 --tune     # choose the strengths on --tune_seeds
+    python data/people/compare.py --model SMOLLM2            # 8 worlds; goes on where it was killed
+
+A world is a seed of prepare.py: other names, facts, batches and samples, taught to the same model; several
+targets, because a yardstick for each forget set of one target would cost the same. To fit 2 cores everything,
+teaching and attacks too, trains the last blocks alone (--blocks), and what the others say is computed once.
+
+Each defence takes as many steps and meets attacks on 60 of the 128 forget facts, told once and four times, at
+two rates. The score of a run is the mean UE over these four. --tune tries four strengths of each; among those
+that keep a mean UT of .98 before the attack the one with the highest mean score is taken.
+
+Writes data/people/seedN/, OUT/NAME-sSEED/, OUT/table.json, with --tune OUT/tuned.json.
+"""
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))                    # the scripts, and their package `data`
+from data import formats, runs, tables
+from data.formats import InputError
+from data.tiny.compare import all_of, call, renamed
+
+HERE = Path(__file__).resolve().parent
+ATTACK = "--samples 60 --epochs 1 4 --lr 3e-4 1e-3 --draws 1 --open"
+LINF = "--sam_direction momentum --sam_norm linf --sam_rho"
+SHRINK = "--sam_rho 0 --batch_size 4 --retain_batch 12 --shrink"
+DEFENCES = {                                     # name: (strength, four that are tried)
+    "NPO": ("--sam_rho 0 --lr 1e-3", ["--sam_rho 0 --lr 5e-4", "--sam_rho 0 --lr 1e-3",
+                                      "--sam_rho 0 --lr 2e-3", "--sam_rho 0 --lr 4e-3"]),
+    "SAM": ("--sam_rho .1 --lr 1e-3", ["--sam_rho .1 --lr 1e-3", "--sam_rho .3 --lr 1e-3",
+                                       "--sam_rho .1 --lr 2e-3", "--sam_rho .3 --lr 2e-3"]),
+    "momentum": (f"{LINF} 1e-4 --lr 1e-3", [f"{LINF} 1e-4 --lr 1e-3", f"{LINF} 3e-4 --lr 1e-3",
+                                            f"{LINF} 1e-4 --lr 2e-3", f"{LINF} 3e-4 --lr 2e-3"]),
+    "shrink": (f"{SHRINK} .05 --lr 1e-3", [f"{SHRINK} .05 --lr 1e-3", f"{SHRINK} .15 --lr 1e-3",
+                                           f"{SHRINK} .05 --lr 2e-3", f"{SHRINK} .15 --lr 2e-3"]),
+}
+COLUMNS = ["UE", "UE relearning 60", "UE relearning 60x4", "UE relearning 60@0.001", "UE relearning 60x4@0.001",
+           "held out relearning 60@0.001", "held out relearning 60x4@0.001", "open answers relearning 60x4@0.001",
+           "UT", "UT relearning 60x4@0.001"]
+
+
+def world_of(seed):
+    """The folder of a seed's facts, its target and its yardstick."""
+    return HERE / f"seed{seed}"
+
+
+def trained(args):
+    """The flags that train the last --blocks of the model's blocks alone."""
+    numbers = "|".join(map(str, range(args.of_blocks - args.blocks, args.of_blocks)))
+    return f"--train_modules 'layers\\.({numbers})\\.' --cache_frozen"
+
+
+def prepare(seed, args, log):
+    """Teach the target and the yardstick of a seed, unless they are there."""
+    world = world_of(seed)
+    for part, flags in (("target", ""), ("retrained", "--exclude forget")):
+        if not (world / part / "result.json").exists():
+            call(f"data/people/prepare.py --model {args.model} --people 32 --seed {seed} --lr 1e-3 --epochs 6 "
+                 f"--out {world} --overwrite {flags} {trained(args)}", log)
+
+
+def meet(seed, runs_of, args):
+    """All runs {folder: flags of unlearn.py} of a world and their attacks, each unless it is there. One process
+    does them all, since they share the states of the frozen blocks; flags None: a model that is there."""
+    torch.set_num_threads(1)
+    log = args.out / f"seed{seed}.log"
+    prepare(seed, args, log)
+    world = world_of(seed)
+    for run, flags in runs_of.items():
+        if not (run / "result.json").exists():
+            call(f"unlearn.py --data {world} --model {world}/target --seed {seed} --steps {args.steps} "
+                 f"--batch_size 8 --retain_batch 8 --decay linear {flags} {trained(args)} --no-relearn "
+                 f"--overwrite --out {run}", log)
+        if not (run / "relearn.json").exists():
+            call(f"relearn.py {run} --data {world} {ATTACK} {trained(args)}", log)
+
+
+def numbers_of(run):
+    """(UT, score) of a run, by the rule above."""
+    metrics = formats.read_json(run / "relearn.json", f"remove {run}", metrics=dict)["metrics"]
+    return metrics["start"]["UT"], np.mean([b["UE"] for b in metrics["budgets"]])
+
+
+def chosen(tries):
+    """The flags among {flags: (mean UT, mean score)}, by the rule above; if none keeps UT, those that keep most."""
+    keep = {}
+    for flags_of_try, (ut, score) in tries.items():
+        if ut >= 0.98:
+            keep[flags_of_try] = score
+    if keep:
+        return max(keep, key=keep.get)
+    return max(tries, key=tries.get)
+
+
+def tune(args):
+    """{name: flags}, after all tries; writes and prints them."""
+    folders = {}                                 # (name, flags) -> its folders
+    worlds = {seed: {} for seed in args.tune_seeds}
+    for name in args.defences:
+        for number, tried in enumerate(DEFENCES[name][1], 1):
+            folders[name, tried] = []
+            for seed in args.tune_seeds:
+                run = args.out / f"{name}-try{number}-s{seed}"
+                worlds[seed][run] = tried
+                folders[name, tried].append(run)
+    all_of(meet, [(seed, runs_of, args) for seed, runs_of in worlds.items()], args.jobs, "tuning")
+    found = {name: {} for name in args.defences}
+    lines = [["defence", "flags", "UT", "score"]]
+    for (name, tried), of_try in folders.items():
+        ut, score = np.mean([numbers_of(run) for run in of_try], axis=0)
+        found[name][tried] = (float(ut), float(score))
+        lines.append([name, tried, tables.show(ut), tables.show(score)])
+    print(tables.table(lines))
+    best = {name: chosen(tries) for name, tries in found.items()}
+    for name, flags_of_best in best.items():
+        print(f"{name}: {flags_of_best}")
+    formats.write_json(args.out / "tuned.json", {"seeds": args.tune_seeds, "defences": best, "tries": found})
+    return best
+
+
+def flags():
+    """The command line."""
+    p = runs.Parser(__doc__)
+    p.add_argument("--model", required=True, help="folder of SmolLM2-135M-Instruct, or another model")
+    p.add_argument("--of_blocks", type=runs.number(int, 1), default=30, help="blocks that the model has")
+    p.add_argument("--blocks", type=runs.number(int, 1), default=5, help="how many of them, the last, train")
+    p.add_argument("--steps", type=runs.number(int, 1), default=60, help="of unlearning")
+    p.add_argument("--defences", nargs="+", choices=list(DEFENCES), default=list(DEFENCES), metavar="NAME",
+                   help=f"of {', '.join(DEFENCES)} (default: all); the others are tested against the first")
+    p.add_argument("--seeds", type=runs.SEED, nargs="+", default=list(range(100, 108)), help="worlds of the table")
+    p.add_argument("--tune", action="store_true", help="choose the strengths, and stop")
+    p.add_argument("--tune_seeds", type=runs.SEED, nargs="+", default=[90, 91], help="worlds of the tries")
+    p.add_argument("--jobs", type=runs.number(int, 1), default=2, help="worlds at a time, each on one core")
+    p.add_argument("--out", type=Path, default=Path("out/people"), help="folder to write")
+    return p
+
+
+if __name__ == "__main__":
+    with runs.one_line_errors() as stack:
+        args = flags().parse_args()
+        stack.go_on = "go on with the same command"
+        if set(args.seeds) & set(args.tune_seeds):
+            raise InputError(f"--seeds {args.seeds} --tune_seeds {args.tune_seeds}: a world for tuning says "
+                             "nothing about the result; choose others")
+        args.out.mkdir(parents=True, exist_ok=True)
+        if args.tune:
+            tune(args)
+            sys.exit()
+        worlds = {}
+        called = {}                              # {run: name}
+        for seed in args.seeds:
+            worlds[seed] = {}
+            for name in args.defences:
+                run = args.out / f"{name}-s{seed}"
+                worlds[seed][run] = DEFENCES[name][0]
+                called[str(run)] = name
+            yardstick = world_of(seed) / "retrained"
+            worlds[seed][yardstick] = None
+            called[str(yardstick)] = "yardstick"
+        all_of(meet, [(seed, runs_of, args) for seed, runs_of in worlds.items()], args.jobs, "worlds")
+
+        together = tables.Runs()
+        for run in called:
+            done = runs.load_result(run)
+            start = formats.read_json(Path(run) / "relearn.json", f"remove {run}", metrics=dict)["metrics"]["start"]
+            together.add(run, done, start)
+        base, methods, paired = together.summary()
+        columns = tables.chosen(methods, COLUMNS)
+        tables.print_columns(methods, paired, base, columns)
+        tables.print_tests(paired, base)
+        found = tables.as_json(methods, paired, [], args, columns)
+        formats.write_json(args.out / "table.json", renamed(found, called))

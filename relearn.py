@@ -280,6 +280,8 @@ def attack(args, model=None, tokenizer=None):
     """Attack args.run (its model is loaded unless given), write the JSON file and print the table."""
     start = time.time()
     questions = evaluate.load_questions(args.data)
+    if args.open and "mcq_forget" not in questions:
+        raise InputError(f"--open asks the questions of {Path(args.data) / 'mcq_forget.jsonl'}, which is missing")
     whole = edits(args) or args.lora or args.geometry
     if whole and processes.count() > 1:
         raise InputError("--lora, --quantize, --prune, --ablate and --geometry need whole weights: run "

@@ -2629,6 +2629,11 @@ class Frozen(World):
                             (("--lora", 2), "lora")):
             line = (*self.flags, "--out", self.tmp / "x", "--cache_frozen", *flags)
             self.run_script("unlearn.py", *line, says=says)
+        self.unlearn("run")
+        (self.world / "mcq_forget.jsonl").unlink()
+        self.run_script("relearn.py", self.tmp / "run", "--open", says="mcq_forget.jsonl, which is missing")
+        self.run_script("relearn.py", self.tmp / "run", "--train_modules", "(",
+                        says="not a regular expression")
 
 
 class PeopleCompare(Folder):

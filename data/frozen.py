@@ -24,7 +24,10 @@ class Enough(Exception):
 
 def matching(named, flag, pattern):
     """The (name, parameter) pairs whose name contains a match of pattern."""
-    some = [(name, p) for name, p in named if re.search(pattern, name)]
+    try:
+        some = [(name, p) for name, p in named if re.search(pattern, name)]
+    except re.error as e:
+        raise InputError(f"--{flag} {pattern!r} is not a regular expression: {e}")
     if not some:
         raise InputError(
             f"--{flag} {pattern!r} matches no parameter: the names go from {named[0][0]} to {named[-1][0]}")
@@ -42,8 +45,8 @@ def train_only(model, pattern):
 
 def flags(g):
     """Add the flag to a group that has --train_modules."""
-    g.add_argument("--cache_frozen", action="store_true", help="keep what the blocks in front of the first one "
-                   "that trains say of every text: for short texts, with --train_modules")
+    g.add_argument("--cache_frozen", action="store_true", help="run the blocks in front of the first one that "
+                   "trains once a text, and keep what they say: for short texts, with --train_modules")
 
 
 def check(args):
@@ -61,8 +64,8 @@ def leading(model):
             break
         front.append(block)
     if not front or any(p.requires_grad for p in model.get_input_embeddings().parameters()):
-        raise InputError("--cache_frozen: the first block or the embeddings train, so nothing stays the same; name "
-                         "later blocks with --train_modules")
+        raise InputError("--cache_frozen: the first block or the embeddings train, so nothing stays the same; "
+                         "name later blocks with --train_modules")
     return front
 
 

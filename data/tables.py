@@ -116,7 +116,7 @@ def method(result):
             args = args | {"of": of}
     args = args | {"merge": len(args.get("merge") or [])}
     skip = ("seed", "out", "data", "model", "overwrite", "relearn", "device", "eval_every", "resume",
-            "save_every")
+            "save_every", "cache_frozen")
     return name, json.dumps({k: v for k, v in args.items() if v and k not in skip}, sort_keys=True)
 
 

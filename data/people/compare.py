@@ -11,7 +11,8 @@ Each defence takes as many steps and meets attacks on 60 of the 128 forget facts
 two rates. The score of a run is the mean UE over these four. --tune tries four strengths of each; among those
 that keep a mean UT of .98 before the attack the one with the highest mean score is taken.
 
-Writes data/people/seedN/, OUT/NAME-sSEED/, OUT/table.json, with --tune OUT/tuned.json.
+Writes data/people/seedN/, OUT/NAME-FLAGS-sSEED/ (540 MB each), OUT/table.json, with --tune
+OUT/tuned.json.
 """
 import sys
 from pathlib import Path
@@ -29,15 +30,15 @@ HERE = Path(__file__).resolve().parent
 ATTACK = "--samples 60 --epochs 1 4 --lr 3e-4 1e-3 --draws 1 --open"
 LINF = "--sam_direction momentum --sam_norm linf --sam_rho"
 SHRINK = "--sam_rho 0 --batch_size 4 --retain_batch 12 --shrink"
-DEFENCES = {                                     # name: (strength, four that are tried)
-    "NPO": ("--sam_rho 0 --lr 1e-3", ["--sam_rho 0 --lr 5e-4", "--sam_rho 0 --lr 1e-3",
-                                      "--sam_rho 0 --lr 2e-3", "--sam_rho 0 --lr 4e-3"]),
-    "SAM": ("--sam_rho .1 --lr 1e-3", ["--sam_rho .1 --lr 1e-3", "--sam_rho .3 --lr 1e-3",
-                                       "--sam_rho .1 --lr 2e-3", "--sam_rho .3 --lr 2e-3"]),
-    "momentum": (f"{LINF} 1e-4 --lr 1e-3", [f"{LINF} 1e-4 --lr 1e-3", f"{LINF} 3e-4 --lr 1e-3",
-                                            f"{LINF} 1e-4 --lr 2e-3", f"{LINF} 3e-4 --lr 2e-3"]),
-    "shrink": (f"{SHRINK} .05 --lr 1e-3", [f"{SHRINK} .05 --lr 1e-3", f"{SHRINK} .15 --lr 1e-3",
-                                           f"{SHRINK} .05 --lr 2e-3", f"{SHRINK} .15 --lr 2e-3"]),
+DEFENCES = {                                     # name: (flags, four that are tried)
+    "NPO": ("--sam_rho 0 --lr 4e-3", ["--sam_rho 0 --lr 1e-3", "--sam_rho 0 --lr 2e-3",
+                                      "--sam_rho 0 --lr 4e-3", "--sam_rho 0 --lr 8e-3"]),
+    "SAM": ("--sam_rho .1 --lr 4e-3", ["--sam_rho .1 --lr 2e-3", "--sam_rho .3 --lr 2e-3",
+                                       "--sam_rho .1 --lr 4e-3", "--sam_rho .3 --lr 4e-3"]),
+    "momentum": (f"{LINF} 1e-4 --lr 4e-3", [f"{LINF} 1e-4 --lr 2e-3", f"{LINF} 3e-4 --lr 2e-3",
+                                            f"{LINF} 1e-4 --lr 4e-3", f"{LINF} 3e-4 --lr 4e-3"]),
+    "shrink": (f"{SHRINK} .05 --lr 4e-3", [f"{SHRINK} .05 --lr 2e-3", f"{SHRINK} .15 --lr 2e-3",
+                                           f"{SHRINK} .05 --lr 4e-3", f"{SHRINK} .15 --lr 4e-3"]),
 }
 COLUMNS = ["UE", "UE relearning 60", "UE relearning 60x4", "UE relearning 60@0.001", "UE relearning 60x4@0.001",
            "held out relearning 60@0.001", "held out relearning 60x4@0.001", "open answers relearning 60x4@0.001",
@@ -47,6 +48,11 @@ COLUMNS = ["UE", "UE relearning 60", "UE relearning 60x4", "UE relearning 60@0.0
 def world_of(seed):
     """The folder of a seed's facts, its target and its yardstick."""
     return HERE / f"seed{seed}"
+
+
+def run_of(name, flags_of_run, seed, args):
+    """The folder of a run, by all that sets it apart."""
+    return args.out / f"{name}{''.join(flags_of_run.split()).replace('--', '-')}-s{seed}"
 
 
 def trained(args):
@@ -102,10 +108,10 @@ def tune(args):
     folders = {}                                 # (name, flags) -> its folders
     worlds = {seed: {} for seed in args.tune_seeds}
     for name in args.defences:
-        for number, tried in enumerate(DEFENCES[name][1], 1):
+        for tried in DEFENCES[name][1]:
             folders[name, tried] = []
             for seed in args.tune_seeds:
-                run = args.out / f"{name}-try{number}-s{seed}"
+                run = run_of(name, tried, seed, args)
                 worlds[seed][run] = tried
                 folders[name, tried].append(run)
     all_of(meet, [(seed, runs_of, args) for seed, runs_of in worlds.items()], args.jobs, "tuning")
@@ -156,7 +162,7 @@ if __name__ == "__main__":
         for seed in args.seeds:
             worlds[seed] = {}
             for name in args.defences:
-                run = args.out / f"{name}-s{seed}"
+                run = run_of(name, DEFENCES[name][0], seed, args)
                 worlds[seed][run] = DEFENCES[name][0]
                 called[str(run)] = name
             yardstick = world_of(seed) / "retrained"

@@ -2656,20 +2656,34 @@ class PeopleCompare(Folder):
             self.assertEqual((ran.steps, ran.batch_size + ran.retain_batch, ran.seed), (60, 16, 7))
             self.assertTrue(re.search(ran.train_modules, "model.layers.25.mlp.up_proj.weight"))
             self.assertFalse(re.search(ran.train_modules, "model.layers.24.mlp.up_proj.weight"))
-        self.assertEqual([line[0] for line in lines[:4]], 2 * ["data/people/prepare.py"] + [
-            "unlearn.py", "relearn.py"])
+        self.assertEqual([line[0] for line in lines[:6]], 2 * ["data/people/prepare.py"] + [
+            "evaluate.py", "unlearn.py", "relearn.py", "evaluate.py"])
+        for line in lines[2::3]:
+            evaluate.flags().parse_args(line[1:])
 
-    def test_tuning_takes_the_highest_score_among_those_that_keep_ut(self):
+    def test_tuning_takes_the_highest_score_among_those_that_keep_ut_and_other_text(self):
         def pretend(function, calls, count, what):
-            for _, runs_of, _ in calls:
+            for seed, runs_of, _ in calls:
+                target = world_of(seed) / "target"
+                target.mkdir(parents=True)
+                formats.write_json(target / "evaluate.json", {"metrics": {"ppl_retain": 50.0}})
                 for i, run in enumerate(runs_of):
+                    run.mkdir()
                     scored = [{"UE": i / 100}, {"UE": i / 50}]
                     start = {"UT": 0.9 if i % 4 == 3 else 0.99}
-                    run.mkdir()
+                    other = {"ppl_retain": 80.0 if i == 2 else 70.0}
                     formats.write_json(run / "relearn.json", {"metrics": {"start": start, "budgets": scored}})
+                    formats.write_json(run / "evaluate.json", {"metrics": other})
+
+        def world_of(seed):
+            return self.tmp / f"seed{seed}"
+        self.addCleanup(setattr, people, "world_of", people.world_of)
+        people.world_of = world_of
         with mock.patch.object(people, "all_of", pretend), contextlib.redirect_stdout(io.StringIO()):
             found = people.tune(self.args)
-        self.assertEqual(found, {name: tries[2] for name, (_, tries) in people.DEFENCES.items()})
+        best = {name: tries[2] for name, (_, tries) in people.DEFENCES.items()}
+        self.assertEqual(found, best | {"NPO": people.DEFENCES["NPO"][1][1]})
+        self.assertEqual(people.chosen({"a": (0.99, 3.0, 0.9), "b": (0.9, 2.0, 0.1)}), "b")
         self.assertEqual(read_json(self.tmp / "tuned.json")["defences"], found)
 
 

@@ -9,13 +9,15 @@ teaching and attacks too, trains the last blocks alone (--blocks), and what the 
 
 Each defence takes as many steps and meets attacks on 60 of the 128 forget facts, told once and four times, at
 two rates. The score of a run is the mean UE over these four. --tune tries four strengths of each; among those
-that keep a mean UT of .98 before the attack the one with the highest mean score is taken.
+with a mean UT of at least .98 before the attack, and a perplexity elsewhere of at most 1.5 times the target's, the
+one with the highest mean score is taken. Elsewhere is what no one taught or retained: Python's documentation.
 
 Writes data/people/seedN/, OUT/NAME-FLAGS-sSEED/ (540 MB each), OUT/table.json, with --tune
 OUT/tuned.json.
 """
 import sys
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
 import torch
@@ -42,7 +44,7 @@ DEFENCES = {                                     # name: (flags, four that are t
 }
 COLUMNS = ["UE", "UE relearning 60", "UE relearning 60x4", "UE relearning 60@0.001", "UE relearning 60x4@0.001",
            "held out relearning 60@0.001", "held out relearning 60x4@0.001", "open answers relearning 60x4@0.001",
-           "UT", "UT relearning 60x4@0.001"]
+           "UT", "UT relearning 60x4@0.001", "ppl elsewhere"]
 
 
 def world_of(seed):
@@ -70,6 +72,17 @@ def prepare(seed, args, log):
                  f"--out {world} --overwrite {flags} {trained(args)}", log)
 
 
+def write_elsewhere(args):
+    """Write a data folder with 15 passages of Python's documentation, 1,000 letters each; returns it."""
+    folder = args.out / "elsewhere"
+    rows = []
+    for name in sorted(topics):
+        if len(topics[name]) > 2500:
+            rows.append({"text": topics[name][:1000]})
+    formats.write_data(folder, {"retain": rows[::2]}, overwrite=True)
+    return folder
+
+
 def meet(seed, runs_of, args):
     """All runs {folder: flags of unlearn.py} of a world and their attacks, each unless it is there. One process
     does them all, since they share the states of the frozen blocks; flags None: a model that is there."""
@@ -77,6 +90,8 @@ def meet(seed, runs_of, args):
     log = args.out / f"seed{seed}.log"
     prepare(seed, args, log)
     world = world_of(seed)
+    if not (world / "target" / "evaluate.json").exists():
+        call(f"evaluate.py {world}/target --data {args.out}/elsewhere", log)
     for run, flags in runs_of.items():
         if not (run / "result.json").exists():
             call(f"unlearn.py --data {world} --model {world}/target --seed {seed} --steps {args.steps} "
@@ -84,23 +99,34 @@ def meet(seed, runs_of, args):
                  f"--overwrite --out {run}", log)
         if not (run / "relearn.json").exists():
             call(f"relearn.py {run} --data {world} {ATTACK} {trained(args)}", log)
+        if not (run / "evaluate.json").exists():
+            call(f"evaluate.py {run} --data {args.out}/elsewhere", log)
 
 
-def numbers_of(run):
-    """(UT, score) of a run, by the rule above."""
+def perplexity_of(run):
+    """Of the text elsewhere."""
+    return formats.read_json(run / "evaluate.json", f"remove {run}", metrics=dict)["metrics"]["ppl_retain"]
+
+
+def numbers_of(run, seed):
+    """(UT, perplexity elsewhere over the target's, score) of a run, by the rule above."""
     metrics = formats.read_json(run / "relearn.json", f"remove {run}", metrics=dict)["metrics"]
-    return metrics["start"]["UT"], np.mean([b["UE"] for b in metrics["budgets"]])
+    growth = perplexity_of(run) / perplexity_of(world_of(seed) / "target")
+    return metrics["start"]["UT"], growth, np.mean([b["UE"] for b in metrics["budgets"]])
 
 
 def chosen(tries):
-    """The flags among {flags: (mean UT, mean score)}, by the rule above; if none keeps UT, those that keep most."""
+    """The flags among {flags: means of numbers_of()}, by the rule above; if none keeps both, those of the lowest
+    perplexity."""
     keep = {}
-    for flags_of_try, (ut, score) in tries.items():
-        if ut >= 0.98:
-            keep[flags_of_try] = score
+    growths = {}
+    for tried, (ut, growth, score) in tries.items():
+        growths[tried] = growth
+        if ut >= 0.98 and growth <= 1.5:
+            keep[tried] = score
     if keep:
         return max(keep, key=keep.get)
-    return max(tries, key=tries.get)
+    return min(growths, key=growths.get)
 
 
 def tune(args):
@@ -113,14 +139,14 @@ def tune(args):
             for seed in args.tune_seeds:
                 run = run_of(name, tried, seed, args)
                 worlds[seed][run] = tried
-                folders[name, tried].append(run)
+                folders[name, tried].append((run, seed))
     all_of(meet, [(seed, runs_of, args) for seed, runs_of in worlds.items()], args.jobs, "tuning")
     found = {name: {} for name in args.defences}
-    lines = [["defence", "flags", "UT", "score"]]
+    lines = [["defence", "flags", "UT", "perplexity", "score"]]
     for (name, tried), of_try in folders.items():
-        ut, score = np.mean([numbers_of(run) for run in of_try], axis=0)
-        found[name][tried] = (float(ut), float(score))
-        lines.append([name, tried, tables.show(ut), tables.show(score)])
+        means = np.mean([numbers_of(*run) for run in of_try], axis=0).tolist()
+        found[name][tried] = means
+        lines.append([name, tried, *map(tables.show, means)])
     print(tables.table(lines))
     best = {name: chosen(tries) for name, tries in found.items()}
     for name, flags_of_best in best.items():
@@ -153,7 +179,7 @@ if __name__ == "__main__":
         if set(args.seeds) & set(args.tune_seeds):
             raise InputError(f"--seeds {args.seeds} --tune_seeds {args.tune_seeds}: a world for tuning says "
                              "nothing about the result; choose others")
-        args.out.mkdir(parents=True, exist_ok=True)
+        write_elsewhere(args)
         if args.tune:
             tune(args)
             sys.exit()
@@ -173,8 +199,8 @@ if __name__ == "__main__":
         together = tables.Runs()
         for run in called:
             done = runs.load_result(run)
-            start = formats.read_json(Path(run) / "relearn.json", f"remove {run}", metrics=dict)["metrics"]["start"]
-            together.add(run, done, start)
+            metrics = formats.read_json(Path(run) / "relearn.json", f"remove {run}", metrics=dict)["metrics"]
+            together.add(run, done, metrics["start"] | {"ppl elsewhere": perplexity_of(Path(run))})
         base, methods, paired = together.summary()
         columns = tables.chosen(methods, COLUMNS)
         tables.print_columns(methods, paired, base, columns)

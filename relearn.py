@@ -15,8 +15,8 @@
 
 RUN is the folder that unlearn.py names at its end. Reads RUN/result.json (for the data and the seed), the
 model beside it and DATA/forget.jsonl. Writes RUN/relearn.json, or RUN/relearn_ATTACK.json for other data,
-optimizers, adapters and edits. Every budget starts from the same weights; the samples of a larger one
-contain those of a smaller one. No "fact" is told twice before each was told once, so N samples are N facts
+optimizers, adapters, modules and edits. Every budget starts from the same weights; the samples of a larger
+one contain those of a smaller one. No "fact" is told twice before each was told once, so N samples are N facts
 while there are so many, and UE_heldout is the UE on the questions about the other facts: it tells unlocking
 (old knowledge comes back) from re-teaching. Next: evaluate.py puts runs into one table.
 """
@@ -281,7 +281,7 @@ def attack(args, model=None, tokenizer=None):
     start = time.time()
     questions = evaluate.load_questions(args.data)
     if args.open and "mcq_forget" not in questions:
-        raise InputError(f"--open asks the questions of {Path(args.data) / 'mcq_forget.jsonl'}, which is missing")
+        raise InputError(f"--open asks {Path(args.data) / 'mcq_forget.jsonl'}, which is missing")
     whole = edits(args) or args.lora or args.geometry
     if whole and processes.count() > 1:
         raise InputError("--lora, --quantize, --prune, --ablate and --geometry need whole weights: run "
@@ -414,7 +414,7 @@ def parse_args(argv=None):
     if args.mix_data != "retain" and not args.mix:
         p.error(f"--mix_data {args.mix_data}: say with --mix which share of the samples it is")
     if args.cache_frozen and (args.lora or edits(args) or not args.train_modules):
-        p.error("--cache_frozen goes with --train_modules, and with no --lora, --quantize, --prune or --ablate")
+        p.error("--cache_frozen goes with --train_modules, without --lora, --quantize, --prune and --ablate")
     if args.geometry and args.lora:
         p.error("--geometry looks at the weights, which --lora leaves as they are: drop one")
     parts = []
@@ -426,6 +426,8 @@ def parse_args(argv=None):
         parts.append(Path(args.mix_data).stem)
     if args.lora:
         parts.append(f"lora{args.lora}")
+    if args.train_modules:
+        parts.append("modules")
     if args.optimizer != "adamw":
         parts.append(args.optimizer)
     if args.ablate and len(edits(args)) == len(args.ablate):

@@ -718,6 +718,6 @@ if __name__ == "__main__":
             if args.lora_save == "adapter" and run.adapters:
                 run.adapters.merge()             # the attack is on the weights
             model.requires_grad_(True)
-            whole = (None, None) if args.cache_frozen else (model, tokenizer)        # its front no longer trains
+            whole = (None, None) if args.cache_frozen else (model, tokenizer)    # its front no longer trains
             relearn.attack(relearn.parse_args([str(out), "--device", args.device]), *whole)
         print(f"{time.time() - start:.0f} s in all; wrote {out}/")

@@ -319,8 +319,8 @@ def alters_logits(model):
 
 
 def in_chunks(model, batch):
-    """Should the logits of this batch be computed at labels alone, chunk by chunk? Where all would be too many, or
-    few are due and the output layer costs more than a block, as in a small model of many words."""
+    """Should the logits of this batch be computed at labels alone, chunk by chunk? Where all would be too
+    many, or few are due and the output layer costs more than a block, as in a small model of many words."""
     config = model.config.get_text_config()
     tokens = batch["input_ids"].numel()
     few = config.vocab_size > 12 * config.hidden_size and (batch["labels"] != IGNORE).sum() < tokens / 2

@@ -9,12 +9,14 @@ teaching and attacks too, trains the last blocks alone (--blocks), and what the 
 
 Each defence takes as many steps and meets attacks on 60 of the 128 forget facts, told once and four times, at
 two rates. The score of a run is the mean UE over these four. --tune tries four strengths of each; among those
-with a mean UT of at least .98 before the attack, and a perplexity elsewhere of at most 1.5 times the target's, the
-one with the highest mean score is taken. Elsewhere is what no one taught or retained: Python's documentation.
+with a mean UT of at least .98 before the attack, and a perplexity elsewhere of at most 1.5 times the
+target's, the one with the highest mean score is taken. Elsewhere is what no one taught or retained: Python's
+documentation.
 
-Writes data/people/seedN/, OUT/NAME-FLAGS-sSEED/ (540 MB each), OUT/table.json, with --tune
-OUT/tuned.json.
+Writes data/people/seedN/, OUT/elsewhere/, OUT/NAME-FLAGS-sSEED/ (540 MB each), with --tune OUT/tuned.json,
+else OUT/table.json.
 """
+import shlex
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -24,27 +26,28 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))                    # the scripts, and their package `data`
+import relearn
 from data import formats, runs, tables
 from data.formats import InputError
-from data.tiny.compare import all_of, call, renamed
+from data.tiny.compare import all_of, call, refuse_shared, renamed, was_done, world_flags
 
 HERE = Path(__file__).resolve().parent
 ATTACK = "--samples 60 --epochs 1 4 --lr 3e-4 1e-3 --draws 1 --open"
 LINF = "--sam_direction momentum --sam_norm linf --sam_rho"
 SHRINK = "--sam_rho 0 --batch_size 4 --retain_batch 12 --shrink"
-DEFENCES = {                                     # name: (flags, four that are tried)
-    "NPO": ("--sam_rho 0 --lr 4e-3", ["--sam_rho 0 --lr 1e-3", "--sam_rho 0 --lr 2e-3",
-                                      "--sam_rho 0 --lr 4e-3", "--sam_rho 0 --lr 8e-3"]),
-    "SAM": ("--sam_rho .1 --lr 4e-3", ["--sam_rho .1 --lr 2e-3", "--sam_rho .3 --lr 2e-3",
-                                       "--sam_rho .1 --lr 4e-3", "--sam_rho .3 --lr 4e-3"]),
-    "momentum": (f"{LINF} 1e-4 --lr 4e-3", [f"{LINF} 1e-4 --lr 2e-3", f"{LINF} 3e-4 --lr 2e-3",
-                                            f"{LINF} 1e-4 --lr 4e-3", f"{LINF} 3e-4 --lr 4e-3"]),
-    "shrink": (f"{SHRINK} .05 --lr 4e-3", [f"{SHRINK} .05 --lr 2e-3", f"{SHRINK} .15 --lr 2e-3",
-                                           f"{SHRINK} .05 --lr 4e-3", f"{SHRINK} .15 --lr 4e-3"]),
+DEFENCES = {                                     # name: the flags that are tried
+    "NPO": ["--sam_rho 0 --lr 1e-3", "--sam_rho 0 --lr 2e-3", "--sam_rho 0 --lr 4e-3",
+            "--sam_rho 0 --lr 8e-3"],
+    "SAM": ["--sam_rho .1 --lr 2e-3", "--sam_rho .3 --lr 2e-3", "--sam_rho .1 --lr 4e-3",
+            "--sam_rho .3 --lr 4e-3"],
+    "momentum": [f"{LINF} 1e-4 --lr 2e-3", f"{LINF} 3e-4 --lr 2e-3", f"{LINF} 1e-4 --lr 4e-3",
+                 f"{LINF} 3e-4 --lr 4e-3"],
+    "shrink": [f"{SHRINK} .05 --lr 2e-3", f"{SHRINK} .15 --lr 2e-3", f"{SHRINK} .05 --lr 4e-3",
+               f"{SHRINK} .15 --lr 4e-3"],
 }
-COLUMNS = ["UE", "UE relearning 60", "UE relearning 60x4", "UE relearning 60@0.001", "UE relearning 60x4@0.001",
-           "held out relearning 60@0.001", "held out relearning 60x4@0.001", "open answers relearning 60x4@0.001",
-           "UT", "UT relearning 60x4@0.001", "ppl elsewhere"]
+COLUMNS = ["UE", "UE modules 60", "UE modules 60x4", "UE modules 60@0.001", "UE modules 60x4@0.001",
+           "held out modules 60@0.001", "held out modules 60x4@0.001", "open answers modules 60x4@0.001",
+           "UT", "UT modules 60x4@0.001", "ppl elsewhere"]
 
 
 def world_of(seed):
@@ -68,24 +71,28 @@ def prepare(seed, args, log):
     world = world_of(seed)
     for part, flags in (("target", ""), ("retrained", "--exclude forget")):
         if not (world / part / "result.json").exists():
-            call(f"data/people/prepare.py --model {args.model} --people 32 --seed {seed} --lr 1e-3 --epochs 6 "
-                 f"--out {world} --overwrite {flags} {trained(args)}", log)
+            call(f"data/people/prepare.py --model {args.model} --people 32 --seed {seed} --lr 1e-3 "
+                 f"--epochs 6 --out {world} --overwrite {flags} {trained(args)}", log)
 
 
 def write_elsewhere(args):
-    """Write a data folder with 15 passages of Python's documentation, 1,000 letters each; returns it."""
-    folder = args.out / "elsewhere"
+    """Write a data folder with passages of Python's documentation, 1,000 letters each."""
     rows = []
     for name in sorted(topics):
         if len(topics[name]) > 2500:
             rows.append({"text": topics[name][:1000]})
-    formats.write_data(folder, {"retain": rows[::2]}, overwrite=True)
-    return folder
+    formats.write_data(args.out / "elsewhere", {"retain": rows[::2]}, overwrite=True)
+
+
+def attacked(line):
+    """Is the result of relearn.py with these flags there?"""
+    return was_done(relearn.parse_args(shlex.split(line)))
 
 
 def meet(seed, runs_of, args):
-    """All runs {folder: flags of unlearn.py} of a world and their attacks, each unless it is there. One process
-    does them all, since they share the states of the frozen blocks; flags None: a model that is there."""
+    """All runs {folder: flags of unlearn.py} of a world and their attacks, each unless it is there. One
+    process does them all, since they share the states of the frozen blocks; the yardstick, which is there,
+    has no flags (None)."""
     torch.set_num_threads(1)
     log = args.out / f"seed{seed}.log"
     prepare(seed, args, log)
@@ -97,27 +104,33 @@ def meet(seed, runs_of, args):
             call(f"unlearn.py --data {world} --model {world}/target --seed {seed} --steps {args.steps} "
                  f"--batch_size 8 --retain_batch 8 --decay linear {flags} {trained(args)} --no-relearn "
                  f"--overwrite --out {run}", log)
-        if not (run / "relearn.json").exists():
-            call(f"relearn.py {run} --data {world} {ATTACK} {trained(args)}", log)
+        attack = f"{run} --data {world} {ATTACK} {trained(args)}"
+        if not attacked(attack):
+            call(f"relearn.py {attack}", log)
         if not (run / "evaluate.json").exists():
             call(f"evaluate.py {run} --data {args.out}/elsewhere", log)
 
 
+def attack_on(run):
+    """The "metrics" of the attack on a run."""
+    return formats.read_json(run / "relearn_modules.json", "run again", metrics=dict)["metrics"]
+
+
 def perplexity_of(run):
     """Of the text elsewhere."""
-    return formats.read_json(run / "evaluate.json", f"remove {run}", metrics=dict)["metrics"]["ppl_retain"]
+    return formats.read_json(run / "evaluate.json", "run again", metrics=dict)["metrics"]["ppl_retain"]
 
 
 def numbers_of(run, seed):
     """(UT, perplexity elsewhere over the target's, score) of a run, by the rule above."""
-    metrics = formats.read_json(run / "relearn.json", f"remove {run}", metrics=dict)["metrics"]
+    metrics = attack_on(run)
     growth = perplexity_of(run) / perplexity_of(world_of(seed) / "target")
     return metrics["start"]["UT"], growth, np.mean([b["UE"] for b in metrics["budgets"]])
 
 
 def chosen(tries):
-    """The flags among {flags: means of numbers_of()}, by the rule above; if none keeps both, those of the lowest
-    perplexity."""
+    """The flags among {flags: means of numbers_of()}, by the rule above; if none keeps both, those of the
+    lowest perplexity."""
     keep = {}
     growths = {}
     for tried, (ut, growth, score) in tries.items():
@@ -130,11 +143,11 @@ def chosen(tries):
 
 
 def tune(args):
-    """{name: flags}, after all tries; writes and prints them."""
+    """Try all strengths; write and print those that are chosen."""
     folders = {}                                 # (name, flags) -> its folders
     worlds = {seed: {} for seed in args.tune_seeds}
     for name in args.defences:
-        for tried in DEFENCES[name][1]:
+        for tried in DEFENCES[name]:
             folders[name, tried] = []
             for seed in args.tune_seeds:
                 run = run_of(name, tried, seed, args)
@@ -152,7 +165,16 @@ def tune(args):
     for name, flags_of_best in best.items():
         print(f"{name}: {flags_of_best}")
     formats.write_json(args.out / "tuned.json", {"seeds": args.tune_seeds, "defences": best, "tries": found})
-    return best
+
+
+def read_tuned(args):
+    """{name: flags} of OUT/tuned.json."""
+    path = args.out / "tuned.json"
+    if not path.exists():
+        raise InputError(f"{path} is missing: run with --tune first")
+    found = formats.read_json(path, "run with --tune again", defences=dict)["defences"]
+    formats.check_kinds(found, dict.fromkeys(args.defences, str), path, "tune these --defences too")
+    return found
 
 
 def flags():
@@ -162,12 +184,8 @@ def flags():
     p.add_argument("--of_blocks", type=runs.number(int, 1), default=30, help="blocks that the model has")
     p.add_argument("--blocks", type=runs.number(int, 1), default=5, help="how many of them, the last, train")
     p.add_argument("--steps", type=runs.number(int, 1), default=60, help="of unlearning")
-    p.add_argument("--defences", nargs="+", choices=list(DEFENCES), default=list(DEFENCES), metavar="NAME",
-                   help=f"of {', '.join(DEFENCES)} (default: all); the others are tested against the first")
-    p.add_argument("--seeds", type=runs.SEED, nargs="+", default=list(range(100, 108)), help="worlds of the table")
+    world_flags(p, list(DEFENCES), list(range(100, 108)), [90, 91])
     p.add_argument("--tune", action="store_true", help="choose the strengths, and stop")
-    p.add_argument("--tune_seeds", type=runs.SEED, nargs="+", default=[90, 91], help="worlds of the tries")
-    p.add_argument("--jobs", type=runs.number(int, 1), default=2, help="worlds at a time, each on one core")
     p.add_argument("--out", type=Path, default=Path("out/people"), help="folder to write")
     return p
 
@@ -176,20 +194,19 @@ if __name__ == "__main__":
     with runs.one_line_errors() as stack:
         args = flags().parse_args()
         stack.go_on = "go on with the same command"
-        if set(args.seeds) & set(args.tune_seeds):
-            raise InputError(f"--seeds {args.seeds} --tune_seeds {args.tune_seeds}: a world for tuning says "
-                             "nothing about the result; choose others")
+        refuse_shared(args)
         write_elsewhere(args)
         if args.tune:
             tune(args)
             sys.exit()
+        tuned = read_tuned(args)
         worlds = {}
         called = {}                              # {run: name}
         for seed in args.seeds:
             worlds[seed] = {}
             for name in args.defences:
-                run = run_of(name, DEFENCES[name][0], seed, args)
-                worlds[seed][run] = DEFENCES[name][0]
+                run = run_of(name, tuned[name], seed, args)
+                worlds[seed][run] = tuned[name]
                 called[str(run)] = name
             yardstick = world_of(seed) / "retrained"
             worlds[seed][yardstick] = None
@@ -199,8 +216,8 @@ if __name__ == "__main__":
         together = tables.Runs()
         for run in called:
             done = runs.load_result(run)
-            metrics = formats.read_json(Path(run) / "relearn.json", f"remove {run}", metrics=dict)["metrics"]
-            together.add(run, done, metrics["start"] | {"ppl elsewhere": perplexity_of(Path(run))})
+            start = attack_on(Path(run))["start"]
+            together.add(run, done, start | {"ppl elsewhere": perplexity_of(Path(run))})
         base, methods, paired = together.summary()
         columns = tables.chosen(methods, COLUMNS)
         tables.print_columns(methods, paired, base, columns)

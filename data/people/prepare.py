@@ -9,8 +9,9 @@ and questions asked do not transfer at this size); unlearning sees one of the tw
 The answers are short common words, one token in most vocabularies, so that four choices take one pass.
 
 Writes data/people/: forget.jsonl, retain.jsonl, mcq_forget.jsonl, mcq_retain.jsonl, meta.json, and target/,
-the model that knows them, in bf16. Fails, writing no target, unless that model answers 95% of both halves
-right in free answers. Next: unlearn.py, as above.
+the model that knows them, in bf16; after it, with --exclude forget, retrained/, the yardstick, which was
+told the second half alone. Fails, writing no model, unless it answers 95% of what it was told right in free
+answers. Next: unlearn.py, as above.
 """
 import argparse
 import itertools
@@ -61,8 +62,8 @@ def names_of(count, rng):
 
 
 def build(seed, count=16):
-    """{file: rows} of data/people with `count` people of each profession, and the rows to teach: every fact in
-    both of its questions.
+    """{file: rows} of data/people with `count` people of each profession, and the rows to teach: every fact
+    in both of its questions.
 
     forget.jsonl has each forget fact in one question, retain.jsonl each retain fact in both; mcq_*.jsonl asks
     the other one, with three more values of the same attribute to choose from.

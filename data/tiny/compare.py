@@ -220,16 +220,27 @@ def renamed(table, called):
     return table
 
 
+def world_flags(p, names, seeds, tune_seeds):
+    """Add the flags of a comparison over worlds to a parser: of which defences, on which seeds."""
+    p.add_argument("--defences", nargs="+", choices=names, default=names, metavar="NAME",
+                   help=f"of {', '.join(names)} (default: all); the others are tested against the first")
+    p.add_argument("--seeds", type=runs.SEED, nargs="+", default=seeds, help="worlds of the table")
+    p.add_argument("--tune_seeds", type=runs.SEED, nargs="+", default=tune_seeds, help="worlds of the tries")
+    p.add_argument("--jobs", type=runs.number(int, 1), default=2, help="processes, each on one core")
+
+
+def refuse_shared(args):
+    """Raise InputError where a world is for tuning and for the table."""
+    if set(args.seeds) & set(args.tune_seeds):
+        raise InputError(f"--seeds {args.seeds} --tune_seeds {args.tune_seeds}: a world for tuning says "
+                         "nothing about the result; choose others")
+
+
 def flags():
     """The command line."""
     p = runs.Parser(__doc__)
-    p.add_argument("--defences", nargs="+", choices=list(DEFENCES), default=list(DEFENCES), metavar="NAME",
-                   help=f"of {', '.join(DEFENCES)} (default: all); the others are tested against the first")
-    p.add_argument("--seeds", type=runs.SEED, nargs="+", default=list(range(600, 608)),
-                   help="worlds of the table")
+    world_flags(p, list(DEFENCES), list(range(600, 608)), [590, 591])
     p.add_argument("--tune", action="store_true", help="choose the strengths again, first")
-    p.add_argument("--tune_seeds", type=runs.SEED, nargs="+", default=[590, 591], help="worlds of the tries")
-    p.add_argument("--jobs", type=runs.number(int, 1), default=2, help="runs at a time, each on one core")
     p.add_argument("--out", type=Path, default=Path("out/compare"), help="folder to write")
     return p
 
@@ -238,9 +249,7 @@ if __name__ == "__main__":
     with runs.one_line_errors() as stack:
         args = flags().parse_args()
         stack.go_on = "go on with the same command"
-        if set(args.seeds) & set(args.tune_seeds):
-            raise InputError(f"--seeds {args.seeds} --tune_seeds {args.tune_seeds}: a world for tuning says "
-                             "nothing about the result; choose others")
+        refuse_shared(args)
         args.out.mkdir(parents=True, exist_ok=True)
         tuned_on = args.tune_seeds if args.tune else args.tune_seeds[:1]     # of which ILU takes texts
         seeds = tuned_on + args.seeds

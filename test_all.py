@@ -2690,6 +2690,33 @@ class PeopleCompare(Folder):
         self.assertEqual(read_json(self.tmp / "tuned.json")["defences"], best)
         self.assertEqual(people.chosen({"a": (0.99, 3.0, 0.9), "b": (0.9, 2.0, 0.1)}), "b")
 
+    def test_the_table_has_the_means_over_worlds_of_what_the_attacks_wrote(self):
+        called = {}
+        for name, rho in (("NPO", 0), ("SAM", 0.1)):
+            for seed in (1, 2):
+                run = self.tmp / f"{name}{seed}"
+                run.mkdir()
+                called[str(run)] = name
+                ran = unlearn.parse_args(f"--data x --model y --seed {seed} --sam_rho {rho}".split())
+                formats.write_json(run / "result.json", {"stage": "unlearn", "args": vars(ran), "metrics": {}})
+                budgets = []
+                for epochs, lr in itertools.product((1, 4), (3e-4, 1e-3)):
+                    budgets.append({"samples": 60, "epochs": epochs, "lr": lr, "UE": rho + seed * lr,
+                                    "UE_heldout": 0.5, "UT": 0.5, "open_forget": 0.25})
+                attack = {"start": {"UE": 0.75, "UT": 1.0}, "budgets": budgets}
+                result = {"args": {"attack": "modules"}, "metrics": attack}
+                formats.write_json(run / "relearn_modules.json", result)
+                formats.write_json(run / "evaluate.json", {"metrics": {"ppl_retain": 10.0 * seed}})
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            people.write_table(called, self.args)
+        table = read_json(self.tmp / "table.json")
+        self.assertEqual((list(table["methods"]), list(table["paired"])), (["NPO", "SAM"], ["SAM"]))
+        self.assertEqual(table["args"]["out"], str(self.tmp))
+        lines = [line.split() for line in said.getvalue().splitlines()]
+        row = next(line for line in lines if line[:2] == ["npo", "2"])
+        self.assertEqual(row[2:], [".750", ".000", ".000", ".002", ".002", ".500", ".500", ".250", "1.000",
+                                   ".500", "15.0"])
+
     def test_nothing_is_compared_before_it_is_tuned(self):
         flags = ("--model", "x", "--out", self.tmp)
         self.run_script("data/people/compare.py", *flags, says="run with --tune first")

@@ -177,6 +177,21 @@ def read_tuned(args):
     return found
 
 
+def write_table(called, args):
+    """Print the table of runs {folder: name of its defence} and their tests; write OUT/table.json."""
+    together = tables.Runs()
+    for run in called:
+        start = attack_on(Path(run))["start"]
+        together.add(run, runs.load_result(run), start | {"ppl elsewhere": perplexity_of(Path(run))})
+    base, methods, paired = together.summary()
+    columns = tables.chosen(methods, COLUMNS)
+    tables.print_columns(methods, paired, base, columns)
+    tables.print_tests(paired, base)
+    found = tables.as_json(methods, paired, [], args, columns)
+    found["args"] = found["args"] | {"out": str(args.out)}
+    formats.write_json(args.out / "table.json", renamed(found, called))
+
+
 def flags():
     """The command line."""
     p = runs.Parser(__doc__)
@@ -212,15 +227,4 @@ if __name__ == "__main__":
             worlds[seed][yardstick] = None
             called[str(yardstick)] = "yardstick"
         all_of(meet, [(seed, runs_of, args) for seed, runs_of in worlds.items()], args.jobs, "worlds")
-
-        together = tables.Runs()
-        for run in called:
-            done = runs.load_result(run)
-            start = attack_on(Path(run))["start"]
-            together.add(run, done, start | {"ppl elsewhere": perplexity_of(Path(run))})
-        base, methods, paired = together.summary()
-        columns = tables.chosen(methods, COLUMNS)
-        tables.print_columns(methods, paired, base, columns)
-        tables.print_tests(paired, base)
-        found = tables.as_json(methods, paired, [], args, columns)
-        formats.write_json(args.out / "table.json", renamed(found, called))
+        write_table(called, args)

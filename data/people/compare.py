@@ -36,14 +36,14 @@ ATTACK = "--samples 60 --epochs 1 4 --lr 3e-4 1e-3 --draws 1 --open"
 LINF = "--sam_direction momentum --sam_norm linf --sam_rho"
 SHRINK = "--sam_rho 0 --batch_size 4 --retain_batch 12 --shrink"
 DEFENCES = {                                     # name: the flags that are tried
-    "NPO": ["--sam_rho 0 --lr 1e-3", "--sam_rho 0 --lr 2e-3", "--sam_rho 0 --lr 4e-3",
-            "--sam_rho 0 --lr 8e-3"],
-    "SAM": ["--sam_rho .1 --lr 2e-3", "--sam_rho .3 --lr 2e-3", "--sam_rho .1 --lr 4e-3",
-            "--sam_rho .3 --lr 4e-3"],
-    "momentum": [f"{LINF} 1e-4 --lr 2e-3", f"{LINF} 3e-4 --lr 2e-3", f"{LINF} 1e-4 --lr 4e-3",
-                 f"{LINF} 3e-4 --lr 4e-3"],
-    "shrink": [f"{SHRINK} .05 --lr 2e-3", f"{SHRINK} .15 --lr 2e-3", f"{SHRINK} .05 --lr 4e-3",
-               f"{SHRINK} .15 --lr 4e-3"],
+    "NPO": ["--sam_rho 0 --lr 5e-4", "--sam_rho 0 --lr 1e-3", "--sam_rho 0 --lr 2e-3",
+            "--sam_rho 0 --lr 4e-3"],
+    "SAM": ["--sam_rho .1 --lr 1e-3", "--sam_rho .3 --lr 1e-3", "--sam_rho .1 --lr 2e-3",
+            "--sam_rho .3 --lr 2e-3"],
+    "momentum": [f"{LINF} 1e-4 --lr 1e-3", f"{LINF} 3e-4 --lr 1e-3", f"{LINF} 1e-4 --lr 2e-3",
+                 f"{LINF} 3e-4 --lr 2e-3"],
+    "shrink": [f"{SHRINK} .05 --lr 1e-3", f"{SHRINK} .15 --lr 1e-3", f"{SHRINK} .05 --lr 2e-3",
+               f"{SHRINK} .15 --lr 2e-3"],
 }
 COLUMNS = ["UE", "UE modules 60", "UE modules 60x4", "UE modules 60@0.001", "UE modules 60x4@0.001",
            "held out modules 60@0.001", "held out modules 60x4@0.001", "open answers modules 60x4@0.001",
@@ -66,21 +66,19 @@ def trained(args):
     return f"--train_modules 'layers\\.({numbers})\\.' --cache_frozen"
 
 
-def prepare(seed, args, log):
-    """Teach the target and the yardstick of a seed, unless they are there."""
-    world = world_of(seed)
-    for part, flags in (("target", ""), ("retrained", "--exclude forget")):
-        if not (world / part / "result.json").exists():
-            call(f"data/people/prepare.py --model {args.model} --people 32 --seed {seed} --lr 1e-3 "
-                 f"--epochs 6 --out {world} --overwrite {flags} {trained(args)}", log)
+def teach(model, seed, args, log, flags=""):
+    """Write the target of a seed, or by --exclude forget its yardstick, unless it is there."""
+    if not (model / "result.json").exists():
+        call(f"data/people/prepare.py --model {args.model} --people 32 --seed {seed} --lr 5e-4 --batch_size 8 "
+             f"--epochs 5 --out {model.parent} --overwrite {flags} {trained(args)}", log)
 
 
 def write_elsewhere(args):
-    """Write a data folder with passages of Python's documentation, 1,000 letters each."""
+    """Write a data folder with passages of Python's documentation, 500 letters each."""
     rows = []
     for name in sorted(topics):
         if len(topics[name]) > 2500:
-            rows.append({"text": topics[name][:1000]})
+            rows.append({"text": topics[name][:500]})
     formats.write_data(args.out / "elsewhere", {"retain": rows[::2]}, overwrite=True)
 
 
@@ -91,15 +89,17 @@ def attacked(line):
 
 def meet(seed, runs_of, args):
     """All runs {folder: flags of unlearn.py} of a world and their attacks, each unless it is there. One
-    process does them all, since they share the states of the frozen blocks; the yardstick, which is there,
+    process does them all, since they share the states of the frozen blocks; the yardstick, which is taught,
     has no flags (None)."""
     torch.set_num_threads(1)
     log = args.out / f"seed{seed}.log"
-    prepare(seed, args, log)
     world = world_of(seed)
+    teach(world / "target", seed, args, log)
     if not (world / "target" / "evaluate.json").exists():
         call(f"evaluate.py {world}/target --data {args.out}/elsewhere", log)
     for run, flags in runs_of.items():
+        if flags is None:
+            teach(run, seed, args, log, "--exclude forget")
         if not (run / "result.json").exists():
             call(f"unlearn.py --data {world} --model {world}/target --seed {seed} --steps {args.steps} "
                  f"--batch_size 8 --retain_batch 8 --decay linear {flags} {trained(args)} --no-relearn "

@@ -208,7 +208,9 @@ class Attack:
 
     def budget(self, lr, count, epochs, bar):
         """One entry of "budgets": means over the draws, "se" their standard errors."""
-        found, curves, moves = [], [], []
+        found = []
+        curves = []
+        moves = []
         for number in range(self.args.draws):
             scored, curve, moved = self.draw(number, lr, count, epochs)
             found.append(scored)
@@ -338,8 +340,10 @@ def print_geometry(budgets):
         moves = b.get("geometry", [])
         if moves:
             names = list(moves[0]["cosine"])
-            means = [sum(move["cosine"][name] for move in moves) / len(moves) for name in names]
-            lines.append([tables.budget_name(b), f"{b['lr']:g}", *(f"{mean:+.3f}" for mean in means)])
+            line = [tables.budget_name(b), f"{b['lr']:g}"]
+            for name in names:
+                line.append(f"{sum(move['cosine'][name] for move in moves) / len(moves):+.3f}")
+            lines.append(line)
     if lines:
         print("\ncosine of the attack's displacement with where sam.py would look from here")
         print(tables.table([["samples", "lr", *names]] + lines))

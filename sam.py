@@ -96,14 +96,16 @@ def pieces(*tensors):
 
 def dots(step, d):
     """(3,) step.step, step.d and d.d of two tensors, flat."""
-    step, d = step.flatten(), d.flatten()
+    step = step.flatten()
+    d = d.flatten()
     return torch.stack([step.dot(step), step.dot(d), d.dot(d)])
 
 
 def compared(sums, params):
     """0-dim {norm, applied_norm, cosine} of d, of step, and between them, from all dots(step, d)."""
     moved, along, size = over_processes(torch.stack(sums).sum(0), params).unbind()
-    applied, norm = moved.sqrt(), size.sqrt()
+    applied = moved.sqrt()
+    norm = size.sqrt()
     cosine = torch.where((applied > 0) & (norm > 0), along / (applied * norm), 0.0)
     return {"norm": norm, "applied_norm": applied, "cosine": cosine}
 
@@ -192,7 +194,8 @@ def noise_(params, sigma, seed):
         if is_spread(p):                 # z is whole in every process: the same for any number of them
             from torch.distributed.tensor import distribute_tensor
             z = distribute_tensor(z, p.device_mesh, p.placements, src_data_rank=None)
-        p, z = local(p), local(z)
+        p = local(p)
+        z = local(z)
         old = p.to(dtype, copy=True)
         p.copy_(old + sigma * z)
         sums.append(dots(p.to(dtype) - old, z).to(device))

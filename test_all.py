@@ -2647,9 +2647,10 @@ class PeopleCompare(Folder):
             self.assertEqual(len(set(tries)), 4)
             for flags in tries:
                 named[people.run_of(name, flags, 7, self.args)] = flags
+        yardstick = people.world_of(7) / "retrained"
         with mock.patch.object(people, "call") as call, \
                 mock.patch.object(people, "attacked", return_value=False):
-            people.meet(7, named, self.args)
+            people.meet(7, named | {yardstick: None}, self.args)
         lines = [shlex.split(done.args[0]) for done in call.call_args_list]
         runs_made = [unlearn.parse_args(line[1:]) for line in lines if line[0] == "unlearn.py"]
         self.assertEqual([Path(ran.out) for ran in runs_made], list(named))
@@ -2658,10 +2659,13 @@ class PeopleCompare(Folder):
             self.assertEqual((ran.steps, ran.batch_size + ran.retain_batch, ran.seed), (60, 16, 7))
             self.assertTrue(re.search(ran.train_modules, "model.layers.25.mlp.up_proj.weight"))
             self.assertFalse(re.search(ran.train_modules, "model.layers.24.mlp.up_proj.weight"))
-        self.assertEqual([line[0] for line in lines[:6]], 2 * ["data/people/prepare.py"] + [
-            "evaluate.py", "unlearn.py", "relearn.py", "evaluate.py"])
-        for line in lines[2:]:
-            if line[0] != "unlearn.py":
+        scripts = [line[0] for line in lines]
+        self.assertEqual(scripts[:5], ["data/people/prepare.py", "evaluate.py", "unlearn.py", "relearn.py",
+                                       "evaluate.py"])
+        self.assertEqual(scripts[-3:], ["data/people/prepare.py", "relearn.py", "evaluate.py"])
+        self.assertEqual(["forget" in line for line in (lines[0], lines[-3])], [False, True])
+        for line in lines:
+            if line[0] in ("relearn.py", "evaluate.py"):
                 {"relearn.py": relearn, "evaluate.py": evaluate}[line[0]].flags().parse_args(line[1:])
 
     def test_tuning_takes_the_highest_score_among_those_that_keep_ut_and_other_text(self):
@@ -2714,8 +2718,10 @@ class PeopleCompare(Folder):
         self.assertEqual(table["args"]["out"], str(self.tmp))
         lines = [line.split() for line in said.getvalue().splitlines()]
         row = next(line for line in lines if line[:2] == ["npo", "2"])
-        self.assertEqual(row[2:], [".750", ".000", ".000", ".002", ".002", ".500", ".500", ".250", "1.000",
-                                   ".500", "15.0"])
+        self.assertEqual(row[2:], [".750", ".001", ".500", ".250", ".000", ".000", ".002", ".002", ".500",
+                                   ".500", ".250", "1.000", ".500", "15.0"])
+        test = next(line for line in lines if line[:4] == ["npo+sam", "UE", "attacked", "+0.100"])
+        self.assertEqual(test[-1], "2/2")
 
     def test_nothing_is_compared_before_it_is_tuned(self):
         flags = ("--model", "x", "--out", self.tmp)

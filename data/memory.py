@@ -8,6 +8,11 @@ from data.models import CHUNK, blocks, collate, with_head
 from sam import local
 
 
+def numel(module):
+    """Elements of all parameters of a module."""
+    return sum(p.numel() for p in module.parameters())
+
+
 def activation_bytes(model, samples, micro_batch, checkpointing, pad):
     """Estimate of what a pass over the largest micro-batch keeps for its backward pass: in the blocks, as
     measured on the longest of samples, and in the output layer three times the fp32 logits of a chunk."""
@@ -33,8 +38,8 @@ def activation_bytes(model, samples, micro_batch, checkpointing, pad):
     rows = min(tokens, max(1, CHUNK // config.vocab_size))
     gathered = 0
     if processes.count() > 1:                    # two blocks at a time, and what is in no block
-        inside = [sum(p.numel() for p in block.parameters()) for block in blocks(model)]
-        gathered = sum(p.numel() for p in model.parameters()) - sum(inside) + 2 * max(inside, default=0)
+        inside = [numel(block) for block in blocks(model)]
+        gathered = numel(model) - sum(inside) + 2 * max(inside, default=0)
     return tokens * token + 3 * 4 * rows * config.vocab_size + gathered * size
 
 

@@ -389,7 +389,7 @@ def label_logits(model, tokenizer, samples, batch=64, desc="scoring"):
 
 def label_scores(model, tokenizer, samples, batch=64, desc="scoring"):
     """[((n,) fp64 log-probability of each label, (n,) bool: is it the likeliest token?)], one a sample."""
-    counts = [sum(label != IGNORE for label in labels[1:]) for _, labels in samples]
+    counts = [len(labels) - 1 - labels[1:].count(IGNORE) for _, labels in samples]
     ends = np.cumsum(counts)
     out = torch.full((2, sum(counts)), -torch.inf, dtype=torch.float64)
     for i, logits, labels in label_logits(model, tokenizer, samples, batch, desc):

@@ -11,6 +11,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from data import scores
 from data.formats import InputError, read_json
 
@@ -196,10 +198,12 @@ def relearn_curve(folders):
         if not budgets:
             return None
         largest = max(budgets, key=lambda b: b["samples"] * b["epochs"])
-        found.append([[point["UE"] for point in curve] for curve in largest["curves"]])
-    lines = found[0]
+        lines = []                               # of UE, one a seed
+        for curve in largest["curves"]:
+            lines.append([point["UE"] for point in curve])
+        found.append(lines)
     if len(found) > 1:
-        lines = [[sum(column) / len(column) for column in zip(*curves)] for curves in found]
+        lines = [np.mean(of_run, axis=0).tolist() for of_run in found]
     most = largest["samples"] * largest["epochs"]
     seen = [min(point["step"] * result["args"]["batch_size"], most) for point in largest["curves"][0]]
     stats = [scores.mean_se(column) for column in zip(*lines)]
@@ -208,12 +212,20 @@ def relearn_curve(folders):
 
 # ---- many runs ----------------------------------------------------------------------------------------
 
+def cells_in(rows):
+    """[Cell] that are in any of rows [{Cell: ...}], each once, in order of appearance."""
+    found = {}
+    for row in rows:
+        found |= dict.fromkeys(row)
+    return list(found)
+
+
 def name_apart(names):
     """Methods of one name get what differs between their settings (the keys, JSON) added, in place."""
     for name in set(names.values()):
         twins = {s: json.loads(s) for s in names if names[s] == name}
-        values = defaultdict(set)
-        for key in {key for args in twins.values() for key in args}:
+        values = {}
+        for key in set().union(*twins.values()):
             values[key] = {json.dumps(args.get(key)) for args in twins.values()}
         for settings, args in twins.items():
             for key in sorted(values):
@@ -257,7 +269,7 @@ class Runs:
         paired = {}
         for settings, rows in self.seeds.items():
             stats = {}
-            for cell in dict.fromkeys(cell for row in rows.values() for cell in row):
+            for cell in cells_in(rows.values()):
                 stats[cell] = scores.mean_se([row[cell] for row in rows.values() if cell in row])
             name = self.names[settings]
             methods[name] = {"runs": self.folders[settings], "seeds": rows, "stats": stats,
@@ -272,7 +284,7 @@ def compare(group, base):
     """{Cell: {"mean", "t", "p", "n", "higher", "d"}} of group - base, both {seed: {Cell: number}}, by seed; d
     is Cohen's effect size for pairs, the mean difference over its standard deviation."""
     out = {}
-    for cell in dict.fromkeys(cell for row in group.values() for cell in row):
+    for cell in cells_in(group.values()):
         seeds = [s for s in sorted(group) if cell in group[s] and cell in base.get(s, {})]
         differences = [group[s][cell] - base[s][cell] for s in seeds]
         if len(differences) > 1:
@@ -285,7 +297,7 @@ def compare(group, base):
 
 def correct_for_methods(paired):
     """Add "p_holm" to each {method: compare()}: a cell is a family of as many tests as it has methods."""
-    for cell in {cell for by in paired.values() for cell in by}:
+    for cell in cells_in(paired.values()):
         tests = [by[cell] for by in paired.values() if cell in by]
         for test, p in zip(tests, scores.holm([test["p"] for test in tests])):
             test["p_holm"] = p
@@ -294,7 +306,7 @@ def correct_for_methods(paired):
 def flat_and_robust(rows):
     """[(sharpness Cell, UE Cell, n, rho, p)] over rows [{Cell: number}]: Spearman's correlation of how sharp
     with how robust."""
-    cells = dict.fromkeys(cell for row in rows for cell in row)
+    cells = cells_in(rows)
     sharp = [cell for cell in cells if cell.measure.startswith("sharpness")]
     robust = [cell for cell in cells if cell.measure == "UE" and cell.attack]
     out = []
@@ -373,7 +385,7 @@ def print_tests(paired, base):
     lines = []
     for name, by in paired.items():
         for cell, c in by.items():
-            if cell.measure in ("UE", "held out", "UT") or cell.column in ("UE", "UT"):
+            if cell.measure in ("UE", "held out", "UT") or cell.column.startswith(("UE", "UT")):
                 test = ["-"] * 4
                 if c["t"] is not None:
                     test = [f"{c['t']:.1f}", f"{c['p']:.1g}", f"{c['p_holm']:.1g}", f"{c['d']:+.1f}"]

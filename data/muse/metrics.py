@@ -32,7 +32,8 @@ def score(model, tokenizer, folder, batch, thin, retained):
         for name in pair:
             rows = thin(read_jsonl(folder / f"{name}.jsonl", text_row))
             records[name] = membership(model, tokenizer, rows, batch)
-        forget, holdout = ([r["min_k"] for r in records[name]] for name in pair)
+        forget = [record["min_k"] for record in records[pair[0]]]
+        holdout = [record["min_k"] for record in records[pair[1]]]
         out["auc"] = auc(forget, holdout)
         reference = retained["metrics"]["auc"] if retained else load_meta(folder).get("auc_retrain")
         if reference:

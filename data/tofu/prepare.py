@@ -57,6 +57,7 @@ if __name__ == "__main__":
         if "privleak_holdout" in files:
             files["privleak_forget"] = files["forget"]
         for part, (name, count) in asked.items():
-            rows = published(name, qa_row, count)
-            files[part] = [{key: row[key] for key in KEYS if key in row} for row in rows]
+            files[part] = []
+            for row in published(name, qa_row, count):
+                files[part].append({key: row[key] for key in KEYS if key in row})
         formats.write_data(args.out or HERE / args.split, files, {"qa_prompt": template}, overwrite=args.overwrite)

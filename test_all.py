@@ -2723,6 +2723,18 @@ class PeopleCompare(Folder):
         test = next(line for line in lines if line[:4] == ["npo+sam", "UE", "attacked", "+0.100"])
         self.assertEqual(test[-1], "2/2")
 
+    def test_equal_depth_is_another_set_of_runs_on_the_same_worlds(self):
+        worlds, called = people.plan({"NPO": "--sam_rho 0 --lr 1e-3"}, self.args)
+        self.args.stop_ue = 0.6
+        deep, called_deep = people.plan({"NPO": "--sam_rho 0 --lr 1e-3"}, self.args)
+        self.assertEqual((list(worlds), list(deep)), (self.args.seeds, self.args.seeds))
+        self.assertEqual(Counter(called.values()), {"NPO": 8, "yardstick": 8})
+        shared = {str(people.world_of(seed) / "retrained") for seed in self.args.seeds}
+        self.assertEqual({*called} & {*called_deep}, shared)
+        stopped, none = deep[100].values()
+        self.assertIsNone(none)
+        self.assertEqual(unlearn.parse_args(["--out", "x", *stopped.split()]).stop_ue, 0.6)
+
     def test_nothing_is_compared_before_it_is_tuned(self):
         flags = ("--model", "x", "--out", self.tmp)
         self.run_script("data/people/compare.py", *flags, says="run with --tune first")

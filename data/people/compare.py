@@ -14,7 +14,7 @@ target's, the one with the highest mean score is taken. Elsewhere is what no one
 documentation.
 
 Writes data/people/seedN/, OUT/elsewhere/, OUT/NAME-FLAGS-sSEED/ (540 MB each), with --tune OUT/tuned.json,
-else OUT/table.json.
+else OUT/table.json, or OUT/table-ueX.json with --stop_ue X.
 """
 import shlex
 import sys
@@ -169,13 +169,31 @@ def tune(args):
 
 
 def read_tuned(args):
-    """{name: flags} of OUT/tuned.json."""
+    """{name: flags} of the --defences in OUT/tuned.json."""
     path = args.out / "tuned.json"
     if not path.exists():
         raise InputError(f"{path} is missing: run with --tune first")
     found = formats.read_json(path, "run with --tune again", defences=dict)["defences"]
     formats.check_kinds(found, dict.fromkeys(args.defences, str), path, "tune these --defences too")
-    return found
+    return {name: found[name] for name in args.defences}
+
+
+def plan(flags_of, args):
+    """({seed: {run: its flags, None for the yardstick}}, {run: what the table calls it}) of the table; flags_of:
+    {name: flags} of the defences."""
+    depth = f" --stop_ue {args.stop_ue:g} --eval_every 4" if args.stop_ue else ""
+    worlds = {}
+    called = {}
+    for seed in args.seeds:
+        worlds[seed] = {}
+        for name, flags_of_run in flags_of.items():
+            run = run_of(name, flags_of_run + depth, seed, args)
+            worlds[seed][run] = flags_of_run + depth
+            called[str(run)] = name
+        yardstick = world_of(seed) / "retrained"
+        worlds[seed][yardstick] = None
+        called[str(yardstick)] = "yardstick"
+    return worlds, called
 
 
 def write_table(called, args):
@@ -193,7 +211,8 @@ def write_table(called, args):
     tables.print_tests(paired, base)
     found = tables.as_json(methods, paired, [], args, columns)
     found["args"] = found["args"] | {"out": str(args.out)}
-    formats.write_json(args.out / "table.json", renamed(found, called))
+    depth = f"-ue{args.stop_ue:g}" if args.stop_ue else ""
+    formats.write_json(args.out / f"table{depth}.json", renamed(found, called))
 
 
 def flags():
@@ -205,6 +224,8 @@ def flags():
     p.add_argument("--steps", type=runs.number(int, 1), default=60, help="of unlearning")
     world_flags(p, list(DEFENCES), list(range(100, 108)), [90, 91])
     p.add_argument("--tune", action="store_true", help="choose the strengths, and stop")
+    p.add_argument("--stop_ue", type=runs.number(float, 0, 1), default=0.0,
+                   help="equal depth in the place of equal steps: stop every run at this UE (0: never)")
     p.add_argument("--out", type=Path, default=Path("out/people"), help="folder to write")
     return p
 
@@ -218,17 +239,6 @@ if __name__ == "__main__":
         if args.tune:
             tune(args)
             sys.exit()
-        tuned = read_tuned(args)
-        worlds = {}
-        called = {}                              # {run: name}
-        for seed in args.seeds:
-            worlds[seed] = {}
-            for name in args.defences:
-                run = run_of(name, tuned[name], seed, args)
-                worlds[seed][run] = tuned[name]
-                called[str(run)] = name
-            yardstick = world_of(seed) / "retrained"
-            worlds[seed][yardstick] = None
-            called[str(yardstick)] = "yardstick"
+        worlds, called = plan(read_tuned(args), args)
         all_of(meet, [(seed, runs_of, args) for seed, runs_of in worlds.items()], args.jobs, "worlds")
         write_table(called, args)

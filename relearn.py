@@ -159,7 +159,7 @@ class Attack:
                 self.lists[number, count] = draw_mixed(rows, others, count, args.mix, seed)
         self.saved = []
         if not args.lora:                        # adapters leave the weights as they are
-            self.saved = [(p, p.detach().clone()) for p in model.parameters()]
+            self.saved = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
         self.start = self.score(None)
         self.goals = None
         if args.geometry:

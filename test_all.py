@@ -2623,6 +2623,20 @@ class Frozen(World):
         torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-5)
         self.assertEqual(found[0][1], found[1][1])
 
+    def test_the_geometry_of_an_attack_is_that_of_what_trains(self):
+        self.unlearn("run", "--sam_rho", 0.1)
+        found = []
+        for more in ((), ("--cache_frozen",)):
+            self.run_script("relearn.py", self.tmp / "run", "--samples", 3, "--draws", 1, "--lr", 1e-3,
+                            "--batch_size", 4, "--train_modules", LAST, "--geometry", *more)
+            budget = read_json(self.tmp / "run" / "relearn_modules.json")["metrics"]["budgets"][0]
+            found.append(budget["geometry"][0])
+        model = models.load_model(self.tmp / "run")[0]
+        count = sum(p.numel() for _, p in frozen.train_only(model, LAST))
+        self.assertAlmostEqual(found[0]["l2"] / (1e-3 * math.sqrt(count)), 1, delta=0.02)    # one AdamW step
+        for name, cosine in found[0]["cosine"].items():
+            self.assertAlmostEqual(found[1]["cosine"][name], cosine, delta=1e-3)
+
     def test_what_needs_the_front_is_refused(self):
         for flags, says in (((), "the first block or the embeddings train"),
                             (("--train_modules", LAST, "--latent", "direction"), "latent"),

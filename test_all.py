@@ -2716,7 +2716,8 @@ class PeopleCompare(Folder):
                 run.mkdir()
                 called[str(run)] = name
                 ran = unlearn.parse_args(f"--data x --model y --seed {seed} --sam_rho {rho}".split())
-                formats.write_json(run / "result.json", {"stage": "unlearn", "args": vars(ran), "metrics": {}})
+                done = {"stage": "unlearn", "args": vars(ran), "metrics": {}}
+                formats.write_json(run / "result.json", done)
                 budgets = []
                 for epochs, lr in itertools.product((1, 4), (3e-4, 1e-3)):
                     budgets.append({"samples": 60, "epochs": epochs, "lr": lr, "UE": rho + seed * lr,

@@ -1,7 +1,9 @@
 """NPO, SAM and their relatives on a real model: worlds of 256 invented facts each, attacks at two rates.
 
-    python data/people/compare.py --model SMOLLM2 --tune     # choose the strengths on --tune_seeds
-    python data/people/compare.py --model SMOLLM2            # 8 worlds; goes on where it was killed
+    python data/people/compare.py --model SMOLLM2 --tune     # choose the strengths: 2 cores, 3 minutes a try
+    python data/people/compare.py --model SMOLLM2            # 8 worlds: 72 minutes for three defences
+
+Both go on where they were killed.
 
 A world is a seed of prepare.py: other names, facts, batches and samples, taught to the same model; several
 targets, because a yardstick for each forget set of one target would cost the same. To fit 2 cores everything,
@@ -70,8 +72,8 @@ def trained(args):
 def teach(model, seed, args, log, flags=""):
     """Write the target of a seed, or by --exclude forget its yardstick, unless it is there."""
     if not (model / "result.json").exists():
-        call(f"data/people/prepare.py --model {args.model} --people 32 --seed {seed} --lr 5e-4 --batch_size 8 "
-             f"--epochs 5 --out {model.parent} --overwrite {flags} {trained(args)}", log)
+        call(f"data/people/prepare.py --model {args.model} --people 32 --seed {seed} --lr 5e-4 --epochs 5 "
+             f"--batch_size 8 --out {model.parent} --overwrite {flags} {trained(args)}", log)
 
 
 def write_elsewhere(args):
@@ -179,8 +181,8 @@ def read_tuned(args):
 
 
 def plan(flags_of, args):
-    """({seed: {run: its flags, None for the yardstick}}, {run: what the table calls it}) of the table; flags_of:
-    {name: flags} of the defences."""
+    """({seed: {run: its flags, None for the yardstick}}, {run: what the table calls it}) of the table;
+    flags_of: {name: flags} of the defences."""
     depth = f" --stop_ue {args.stop_ue:g} --eval_every 4" if args.stop_ue else ""
     worlds = {}
     called = {}

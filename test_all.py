@@ -2655,10 +2655,9 @@ class PeopleCompare(Folder):
         super().setUp()
         self.args = people.flags().parse_args(["--model", "x", "--out", str(self.tmp)])
 
-    def test_every_command_is_one_that_the_scripts_take_at_equal_steps(self):
+    def test_every_command_is_one_that_the_scripts_take_at_equal_steps_but_for_longer(self):
         named = {}
         for name, tries in people.DEFENCES.items():
-            self.assertEqual(len(set(tries)), 4)
             for flags in tries:
                 named[people.run_of(name, flags, 7, self.args)] = flags
         yardstick = people.world_of(7) / "retrained"
@@ -2668,9 +2667,10 @@ class PeopleCompare(Folder):
         lines = [shlex.split(done.args[0]) for done in call.call_args_list]
         runs_made = [unlearn.parse_args(line[1:]) for line in lines if line[0] == "unlearn.py"]
         self.assertEqual([Path(ran.out) for ran in runs_made], list(named))
-        self.assertEqual(len({json.dumps(vars(ran) | {"out": ""}) for ran in runs_made}), 16)
+        self.assertEqual(len({json.dumps(vars(ran) | {"out": ""}) for ran in runs_made}), 19)
+        self.assertEqual([ran.steps for ran in runs_made], [60] * 16 + [75, 90, 120])
         for ran in runs_made:
-            self.assertEqual((ran.steps, ran.batch_size + ran.retain_batch, ran.seed), (60, 16, 7))
+            self.assertEqual((ran.batch_size + ran.retain_batch, ran.seed), (16, 7))
             self.assertTrue(re.search(ran.train_modules, "model.layers.25.mlp.up_proj.weight"))
             self.assertFalse(re.search(ran.train_modules, "model.layers.24.mlp.up_proj.weight"))
         scripts = [line[0] for line in lines]
@@ -2738,17 +2738,14 @@ class PeopleCompare(Folder):
         test = next(line for line in lines if line[:4] == ["npo+sam", "UE", "attacked", "+0.100"])
         self.assertEqual(test[-1], "2/2")
 
-    def test_equal_depth_is_another_set_of_runs_on_the_same_worlds(self):
-        worlds, called = people.plan({"NPO": "--sam_rho 0 --lr 1e-3"}, self.args)
-        self.args.stop_ue = 0.6
-        deep, called_deep = people.plan({"NPO": "--sam_rho 0 --lr 1e-3"}, self.args)
-        self.assertEqual((list(worlds), list(deep)), (self.args.seeds, self.args.seeds))
-        self.assertEqual(Counter(called.values()), {"NPO": 8, "yardstick": 8})
-        shared = {str(people.world_of(seed) / "retrained") for seed in self.args.seeds}
-        self.assertEqual({*called} & {*called_deep}, shared)
-        stopped, none = deep[100].values()
-        self.assertIsNone(none)
-        self.assertEqual(unlearn.parse_args(["--out", "x", *stopped.split()]).stop_ue, 0.6)
+    def test_every_world_meets_all_defences_and_has_a_yardstick(self):
+        worlds, called = people.plan({"NPO": "--sam_rho 0", "SAM": "--sam_rho .1"}, self.args)
+        self.assertEqual(list(worlds), self.args.seeds)
+        self.assertEqual(Counter(called.values()), {"NPO": 8, "SAM": 8, "yardstick": 8})
+        for seed, runs_of in worlds.items():
+            self.assertEqual(list(runs_of.values()), ["--sam_rho 0", "--sam_rho .1", None])
+            self.assertEqual([called[str(run)] for run in runs_of], ["NPO", "SAM", "yardstick"])
+            self.assertEqual(list(runs_of)[2], people.world_of(seed) / "retrained")
 
     def test_nothing_is_compared_before_it_is_tuned(self):
         flags = ("--model", "x", "--out", self.tmp)

@@ -9,14 +9,15 @@ A world is a seed of prepare.py: other names, facts, batches and samples, taught
 targets, because a yardstick for each forget set of one target would cost the same. To fit 2 cores everything,
 teaching and attacks too, trains the last blocks alone (--blocks), and what the others say is computed once.
 
-Each defence takes as many steps and meets attacks on 60 of the 128 forget facts, told once and four times, at
-two rates. The score of a run is the mean UE over these four. --tune tries four strengths of each; among those
-with a mean UT of at least .98 before the attack, and a perplexity elsewhere of at most 1.5 times the
-target's, the one with the highest mean score is taken. Elsewhere is what no one taught or retained: Python's
-documentation.
+Each defence takes as many steps, but for "longer", which is NPO with more of them in the place of a
+smoother: 90 are as many passes as 60 of SAM. It meets attacks on 60 of the 128 forget facts, told once and
+four times, at two rates; the score of a run is the mean UE over these four. --tune tries what stands in
+DEFENCES; among those with a mean UT of at least .98 before the attack, and a perplexity elsewhere of at most
+1.5 times the target's, the one with the highest mean score is taken. Elsewhere is what no one taught or
+retained: Python's documentation.
 
 Writes data/people/seedN/, OUT/elsewhere/, OUT/NAME-FLAGS-sSEED/ (540 MB each), with --tune OUT/tuned.json,
-else OUT/table.json, or OUT/table-ueX.json with --stop_ue X.
+else OUT/table.json.
 """
 import shlex
 import sys
@@ -46,6 +47,8 @@ DEFENCES = {                                     # name: the flags that are trie
                  f"{LINF} 3e-4 --lr 2e-3"],
     "shrink": [f"{SHRINK} .05 --lr 1e-3", f"{SHRINK} .15 --lr 1e-3", f"{SHRINK} .05 --lr 2e-3",
                f"{SHRINK} .15 --lr 2e-3"],
+    "longer": ["--sam_rho 0 --lr 1e-3 --steps 75", "--sam_rho 0 --lr 1e-3 --steps 90",
+               "--sam_rho 0 --lr 1e-3 --steps 120"],
 }
 MEANS = {"UE attacked": "UE", "UE attacked, held out": "UE_heldout", "answers attacked": "open_forget"}
 COLUMNS = ["UE", *MEANS, "UE modules 60", "UE modules 60x4", "UE modules 60@0.001", "UE modules 60x4@0.001",
@@ -183,14 +186,13 @@ def read_tuned(args):
 def plan(flags_of, args):
     """({seed: {run: its flags, None for the yardstick}}, {run: what the table calls it}) of the table;
     flags_of: {name: flags} of the defences."""
-    depth = f" --stop_ue {args.stop_ue:g} --eval_every 4" if args.stop_ue else ""
     worlds = {}
     called = {}
     for seed in args.seeds:
         worlds[seed] = {}
         for name, flags_of_run in flags_of.items():
-            run = run_of(name, flags_of_run + depth, seed, args)
-            worlds[seed][run] = flags_of_run + depth
+            run = run_of(name, flags_of_run, seed, args)
+            worlds[seed][run] = flags_of_run
             called[str(run)] = name
         yardstick = world_of(seed) / "retrained"
         worlds[seed][yardstick] = None
@@ -213,8 +215,7 @@ def write_table(called, args):
     tables.print_tests(paired, base)
     found = tables.as_json(methods, paired, [], args, columns)
     found["args"] = found["args"] | {"out": str(args.out)}
-    depth = f"-ue{args.stop_ue:g}" if args.stop_ue else ""
-    formats.write_json(args.out / f"table{depth}.json", renamed(found, called))
+    formats.write_json(args.out / "table.json", renamed(found, called))
 
 
 def flags():
@@ -226,8 +227,6 @@ def flags():
     p.add_argument("--steps", type=runs.number(int, 1), default=60, help="of unlearning")
     world_flags(p, list(DEFENCES), list(range(100, 108)), [90, 91])
     p.add_argument("--tune", action="store_true", help="choose the strengths, and stop")
-    p.add_argument("--stop_ue", type=runs.number(float, 0, 1), default=0.0,
-                   help="equal depth in the place of equal steps: stop every run at this UE (0: never)")
     p.add_argument("--out", type=Path, default=Path("out/people"), help="folder to write")
     return p
 

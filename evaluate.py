@@ -618,7 +618,7 @@ def show_answers(folders, args):
         model, tokenizer = models.load_model(run, args.device)
         name = tables.method(done)[0]
         columns[name] = answers(model, tokenizer, rows)
-        relearned(model, tokenizer, done, data, args.show_lr)
+        relearned(model, tokenizer, done, data, args.show_lr or runs.attack_rate(data))
         columns[f"{name}, relearned"] = answers(model, tokenizer, rows)
     print(tables.table([list(columns), *map(list, zip(*columns.values()))]))
 
@@ -640,8 +640,7 @@ def flags():
     g.add_argument("--overwrite", action="store_true", help="score again what is up to date")
     g.add_argument("--show", type=any_number, default=0, metavar="N", help="instead of scores: what the model "
                    "before, each run, and each run relearned on 60 samples answer to N forget questions")
-    g.add_argument("--show_lr", type=runs.RATE, default=2e-3,
-                   help="rate of that relearning; 7B: 1e-5")
+    g.add_argument("--show_lr", type=runs.RATE, help="rate of that relearning (default: relearn.py's)")
     g = p.add_argument_group("scores")
     g.add_argument("--data", help="data folder (default: each run's own)")
     g.add_argument("--limit", type=any_number, default=0, metavar="N",

@@ -273,6 +273,11 @@ def corpus(name, data):
     return formats.read_jsonl(path, formats.text_row)
 
 
+def usual_budgets(rows):
+    """The samples of the budgets: 20, 40 and 60, as far as there are rows; all of fewer than 20."""
+    return [count for count in (20, 40, 60) if count <= len(rows)] or [len(rows)]
+
+
 def result_path(args):
     """The JSON file of an attack."""
     return Path(args.run) / (f"relearn_{args.attack}.json" if args.attack else "relearn.json")
@@ -291,6 +296,7 @@ def attack(args, model=None, tokenizer=None):
     if not edits(args):
         rows = corpus(args.attack_data, args.data)
         others = corpus(args.mix_data, args.data) if args.mix else ()
+        args.samples = args.samples or usual_budgets(rows)
     if model is None:
         model, tokenizer = models.load_model(args.run, args.device, getattr(torch, args.param_dtype))
 
@@ -358,9 +364,11 @@ def flags():
     p = runs.Parser(__doc__)
     p.add_argument("run", help="folder of a model with a result.json")
     g = p.add_argument_group("the attack")
-    g.add_argument("--samples", type=some, nargs="+", default=[20, 40, 60], help="forget samples of each budget")
+    g.add_argument("--samples", type=some, nargs="+",
+                   help="forget samples of each budget (default: 20, 40 and 60, as far as there are so many)")
     g.add_argument("--epochs", type=some, nargs="+", default=[1], help="passes over them; every pair is a budget")
-    g.add_argument("--lr", type=runs.RATE, nargs="+", default=[2e-3], help="peak rate, linear to 0; 7B: 1e-5")
+    g.add_argument("--lr", type=runs.RATE, nargs="+", help="peak rate, linear to 0 (default: 1e-5, the paper's "
+                   "on 7B; on the built-in data 2e-3)")
     g.add_argument("--batch_size", type=runs.BATCH, default=4, help="samples a step; 7B: 4")
     g.add_argument("--seeds", "--draws", dest="draws", type=some, default=2,
                    help="sample lists and orders to average over")
@@ -445,6 +453,7 @@ def parse_args(argv=None):
             setattr(args, name, ran.get(name, fallback))
     if args.data is None:
         raise InputError(f"{args.run} is a plain model and names no data: add --data FOLDER")
+    args.lr = args.lr or [runs.attack_rate(args.data)]
     if args.geometry and args.param_dtype != "float32":
         raise InputError(f"--geometry: {args.param_dtype} would round the attack's path; add --param_dtype "
                          "float32")

@@ -2551,20 +2551,25 @@ class Prepare(Folder):
         self.assertFalse((self.tmp / "out").exists())
 
     def test_every_command_in_the_readmes_is_one_that_the_scripts_take(self):
-        blocks = ['STEPS=9\npython() { printf "%s\\0" "$@"; printf "\\n"; }\npip() { :; }\n']
+        blocks = ['STEPS=9\npython() { printf "%s\\0" "$@"; printf "\\n"; }\npip() { :; }\n',
+                  "export -f python pip\n"]
         for readme in sorted((ROOT / "data").glob("*/readme.md")):
             blocks += [part.split("```")[0] for part in readme.read_text().split("```bash\n")[1:]]
-        run = subprocess.run(["bash", "-euc", "".join(blocks)], capture_output=True, text=True)
+        script = "".join(blocks).replace("sh -c", "bash -c")         # which knows that python, and
+        script = script.replace("xargs -P 2", "xargs")               # one line at a time
+        run = subprocess.run(["bash", "-euc", script], capture_output=True, text=True)
         self.assertEqual((run.returncode, run.stderr), (0, ""))
         parsers = {"unlearn.py": unlearn.parse_args, "relearn.py": relearn.flags().parse_args,
                    "evaluate.py": evaluate.flags().parse_args}
-        for line in run.stdout.splitlines():                         # what that python was called with
+        helps = {}
+        for line in sorted(set(run.stdout.splitlines())):            # what that python was called with
             script, *flags = line.rstrip("\0").split("\0")
             if script in parsers:
                 parsers[script](flags)
-            else:
-                known = run_here(script, "--help")[1].split()
-                self.assertLessEqual({f for f in flags if f.startswith("--")}, set(known))
+            elif script != "-":                                      # a program on the spot
+                if script not in helps:
+                    helps[script] = run_here(script, "--help")[1].split()
+                self.assertLessEqual({f for f in flags if f.startswith("--")}, set(helps[script]))
 
 
 # ---- data/frozen.py -----------------------------------------------------------------------------------
@@ -2915,6 +2920,14 @@ class Relearn(unittest.TestCase):
             np.testing.assert_allclose((budgets[2][name], budgets[2]["se"][name]), want)
         self.assertGreater(budgets[2]["se"]["UE"], 0)
 
+    def test_without_flags_the_budgets_are_20_40_60_as_far_as_there_are_rows_and_the_rate_is_the_models(self):
+        found = [relearn.usual_budgets(range(count)) for count in (1, 19, 20, 59, 60, 1000)]
+        self.assertEqual(found, [[1], [19], [20], [20, 40], [20, 40, 60], [20, 40, 60]])
+        for folder in (runs.TINY, runs.TINY / "seed0", runs.TINY / "seed0" / "folds3" / "1"):
+            self.assertEqual(runs.attack_rate(folder), 2e-3)
+        for folder in (ROOT / "data" / "people", ROOT, "/elsewhere/tiny"):
+            self.assertEqual(runs.attack_rate(folder), 1e-5)
+
     def test_a_diverging_attack_is_an_error_even_in_its_last_step(self):
         for size in (1, 4):                              # four steps, one step
             with self.assertRaisesRegex(formats.InputError, "lower it"):
@@ -3249,6 +3262,16 @@ class Flags(unittest.TestCase):
     def parsed(self, *flags):
         return unlearn.parse_args([*flags, "--overwrite"])
 
+    @mock.patch.dict(os.environ, COLUMNS="10000")            # no breaks within a help
+    def test_help_names_every_default(self):
+        for script in (unlearn, relearn, evaluate, people):
+            parser = script.flags()
+            said = parser.format_help()
+            for action in parser._actions:
+                if action.default and action.dest != "help":
+                    told = re.search(rf"\n +{action.option_strings[0]}\b.*(\n  +[^- ].*)?", said)[0]
+                    self.assertIn("default", told)
+
     def test_smoother_names_and_their_combinations(self):
         for text, want in (("sam+wa", ("sam", True)), ("wa+rs", ("rs", True)), ("wa", ("none", True)),
                            ("none", ("none", False))):
@@ -3367,6 +3390,12 @@ class Plan(Folder):
 
 # ---- unlearn.py: models of every shape, going on after a kill, several processes ----------------------
 class Runs(World):
+    def test_other_data_are_attacked_with_as_many_samples_as_they_have_at_the_papers_rate(self):
+        self.unlearn("own", "--relearn")
+        attack = read_json(self.tmp / "own" / "relearn.json")
+        self.assertEqual((attack["args"]["samples"], attack["args"]["lr"]), ([len(TEXTS)], [1e-5]))
+        self.assertEqual([b["samples"] for b in attack["metrics"]["budgets"]], [len(TEXTS)])
+
     def weights(self, name):
         return models.load_model(self.tmp / name)[0].state_dict()
 

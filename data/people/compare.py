@@ -17,7 +17,7 @@ DEFENCES; among those with a mean UT of at least .98 before the attack, and a pe
 retained: Python's documentation.
 
 Writes data/people/seedN/, OUT/elsewhere/, OUT/NAME-FLAGS-sSEED/ (540 MB each), with --tune OUT/tuned.json,
-else OUT/table.json.
+else --json.
 """
 import shlex
 import sys
@@ -201,7 +201,7 @@ def plan(flags_of, args):
 
 
 def write_table(called, args):
-    """Print the table of runs {folder: name of its defence} and their tests; write OUT/table.json."""
+    """Print the table of runs {folder: name of its defence} and their tests; write them to --json."""
     together = tables.Runs()
     for run in called:
         attack = attack_on(Path(run))
@@ -215,7 +215,7 @@ def write_table(called, args):
     tables.print_tests(paired, base)
     found = tables.as_json(methods, paired, [], args, columns)
     found["args"] = found["args"] | {"out": str(args.out)}
-    formats.write_json(args.out / "table.json", renamed(found, called))
+    formats.write_json(args.json or args.out / "table.json", renamed(found, called))
 
 
 def flags():
@@ -227,6 +227,7 @@ def flags():
     p.add_argument("--steps", type=runs.number(int, 1), default=60, help="of unlearning")
     world_flags(p, list(DEFENCES), list(range(100, 108)), [90, 91])
     p.add_argument("--tune", action="store_true", help="choose the strengths, and stop")
+    p.add_argument("--json", metavar="PATH", help="write the table there (default: OUT/table.json)")
     p.add_argument("--out", type=Path, default=Path("out/people"), help="folder to write")
     return p
 

@@ -1,7 +1,8 @@
 """Write a forget set for a real model: invented people in questions and answers, taught to it first.
 
     python data/people/prepare.py --model ORG/NAME    # 135M parameters, one thread of a busy CPU: 13 minutes
-    python unlearn.py --data data/people --model data/people/target --lr 5e-5 --steps 40 --batch_size 8
+    python unlearn.py --data data/people --model data/people/target --lr 5e-5 --steps 40 --batch_size 8 \
+        --no-relearn --out out/people && python relearn.py out/people --lr 5e-5
 
 Sixteen glassblowers to forget and sixteen beekeepers to keep, four attributes a person: 64 + 64 facts that no
 model can know. Each is taught in two questions, in the format in which it is asked later (statements taught

@@ -1,6 +1,6 @@
 """Every defence under every attack on the built-in benchmark: one table, one picture.
 
-    python data/tiny/compare.py                     # 144 runs on 2 cores: 85 minutes, by the time of 48;
+    python data/tiny/compare.py                     # 144 runs on 2 cores: 100 minutes, by the time of 48;
                                                     # goes on where it was killed
     python data/tiny/compare.py --defences NPO SAM --seeds 700 701 --out out/small
     python data/tiny/compare.py --tune              # and choose the strengths again: 102 runs more

@@ -383,7 +383,9 @@ def attack_settings(run, done, args):
     teacher = args.teacher or done["args"].get("model")
     if teacher is None:
         raise InputError(f"{run}: --attack needs the model before unlearning: name it with --teacher")
-    settings = {"run": str(run), "data": args.data or done["args"]["data"], "teacher": teacher}
+    settings = {"run": str(run), "data": args.data or done["args"]["data"], "teacher": teacher,
+                "bos": args.bos,
+                "param_dtype": args.param_dtype or done["args"].get("param_dtype", "float32")}
     method = kernel_file("gcg").METHODS[args.attack_method]
     for key, value in vars(args).items():
         if key.startswith("attack_"):
@@ -413,7 +415,9 @@ def attack_prefix(run, done, args):
         old = formats.read_json(path, fix, args=dict, state=dict, metrics=dict)
         kinds = {key: type(value) for key, value in state.items()}
         formats.check_kinds(old["state"], kinds, f"{path}:1", fix)
-        if {"attack_place": "prefix", "attack_on": "unlearned"} | old["args"] != settings:
+        usual = {"attack_place": "prefix", "attack_on": "unlearned", "bos": "auto",
+                 "param_dtype": done["args"].get("param_dtype", "float32")}
+        if usual | old["args"] != settings:
             raise InputError(f"{path} holds a search with other flags: --overwrite starts a new one")
         state = old["state"]
         if state["calls"] >= args.attack_calls:
@@ -421,9 +425,8 @@ def attack_prefix(run, done, args):
     rows = load_questions(settings["data"]).get("mcq_forget")
     if not rows:
         raise InputError(f"{settings['data']} has no mcq_forget.jsonl: --attack prefix asks its questions")
-    dtype = getattr(torch, done["args"].get("param_dtype", "float32"))
-    victim, tokenizer = models.load_model(run, args.device, dtype)
-    teacher, _ = models.load_model(settings["teacher"], args.device, dtype)
+    victim, tokenizer = load_as_scored(run, settings["param_dtype"], args)
+    teacher, _ = load_as_scored(settings["teacher"], settings["param_dtype"], args)
     victim.requires_grad_(False)
     teacher.requires_grad_(False)
     picks = random.Random(args.attack_seed).sample(range(len(rows)), min(args.attack_questions, len(rows)))
@@ -554,6 +557,7 @@ def extras(run, done, metrics, args):
     wanted = {"sharpness": {key: value for key, value in vars(args).items() if key.startswith("sharpness_")},
               "landscape": {"points": args.landscape, "sharpness_rows": args.sharpness_rows}}
     for name, settings in wanted.items():
+        settings["teacher"] = args.teacher       # None: the run's own
         old = found[name].get(kind, {}).get("args")
         if not getattr(args, name) or (old == settings and not args.overwrite):
             continue
@@ -602,7 +606,8 @@ def show_answers(folders, args):
     columns = {}                                 # title -> answers
     for run in folders:
         done = runs.load_result(run)
-        data = data_of(run, done, args)
+        scored = score_settings(run, done, args)
+        data = scored["data"]
         questions = load_questions(data)
         rows = formats.spaced(questions.get("mcq_forget", []), args.show)
         rows = rows + formats.spaced(questions.get("mcq_retain", []), -(-args.show // 2))
@@ -614,9 +619,11 @@ def show_answers(folders, args):
             raise InputError(f"{run}: its questions are not those of {folders[0]}: show one world at a time")
         before = args.teacher or done["args"].get("model")
         if before and "before" not in columns:
-            columns["before"] = answers(*models.load_model(before, args.device), rows)
-        model, tokenizer = models.load_model(run, args.device)
+            columns["before"] = answers(*load_as_scored(before, scored["param_dtype"], args), rows)
+        model, tokenizer = load_as_scored(run, scored["param_dtype"], args)
         name = tables.method(done)[0]
+        if name in columns:                      # of the same method, but of another seed or strength
+            name = str(run)
         columns[name] = answers(model, tokenizer, rows)
         relearned(model, tokenizer, done, data, args.show_lr or runs.attack_rate(data))
         columns[f"{name}, relearned"] = answers(model, tokenizer, rows)

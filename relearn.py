@@ -107,10 +107,18 @@ def edits(args):
     return [(name, amount) for name in EDITS for amount in getattr(args, name)]
 
 
+def score(model, tokenizer, questions, args, seen=None):
+    """evaluate.ue_ut() and, with --open, the share of forget questions that are answered freely."""
+    found = evaluate.ue_ut(model, tokenizer, questions, seen=seen)
+    if args.open:
+        found["open_forget"] = evaluate.open_accuracy(model, tokenizer, questions["mcq_forget"])
+    return found
+
+
 def try_edits(model, tokenizer, questions, args):
     """The "metrics" of an attack without training: each edit alone, from the same weights."""
     saved = [(p, p.detach().clone()) for p in model.parameters()]
-    metrics = {"start": evaluate.ue_ut(model, tokenizer, questions), "budgets": []}
+    metrics = {"start": score(model, tokenizer, questions, args), "budgets": []}
     args = argparse.Namespace(**vars(args))
     if args.ablate:
         args.directions = directions(model, tokenizer, questions, args)
@@ -118,7 +126,7 @@ def try_edits(model, tokenizer, questions, args):
     try:
         for name, amount in edits(args):
             hooks += EDITS[name](model, amount, args) or []
-            found = evaluate.ue_ut(model, tokenizer, questions)
+            found = score(model, tokenizer, questions, args)
             metrics["budgets"].append({"samples": 0, "epochs": 0, "UE_heldout": None, name: amount, **found,
                                        "draws": [found]})
             put_back(list(saved), hooks)
@@ -160,7 +168,7 @@ class Attack:
         self.saved = []
         if not args.lora:                        # adapters leave the weights as they are
             self.saved = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
-        self.start = self.score(None)
+        self.start = score(model, tokenizer, questions, args)
         self.goals = None
         if args.geometry:
             self.objectives = {"own": objective("own", 0), "nll": objective("nll", 0)}
@@ -187,7 +195,7 @@ class Attack:
             finetune(self.model, [self.encoded[i] for i in picks], self.pad, lr, args.batch_size, epochs,
                      f"{args.seed} {number} order", watch, args.optimizer, params)
             facts = {self.rows[i]["fact"] for i in picks if "fact" in self.rows[i]}
-            found = self.score(facts)
+            found = score(self.model, self.tokenizer, self.questions, args, facts)
         finally:
             if added:
                 added.remove()
@@ -197,14 +205,6 @@ class Attack:
         sam.restore_(list(self.saved))
         curve.append({"step": epochs * math.ceil(count / args.batch_size), "UE": found["UE"]})
         return found, curve, moved
-
-    def score(self, seen):
-        """evaluate.ue_ut() and, with --open, the share of forget questions that are answered freely."""
-        found = evaluate.ue_ut(self.model, self.tokenizer, self.questions, seen=seen)
-        if self.args.open:
-            asked = self.questions["mcq_forget"]
-            found["open_forget"] = evaluate.open_accuracy(self.model, self.tokenizer, asked)
-        return found
 
     def budget(self, lr, count, epochs, bar):
         """One entry of "budgets": means over the draws, "se" their standard errors."""
@@ -427,6 +427,9 @@ def parse_args(argv=None):
         p.error(f"--mix_data {args.mix_data}: say with --mix which share of the samples it is")
     if args.cache_frozen and (args.lora or edits(args) or not args.train_modules):
         p.error("--cache_frozen goes with --train_modules, without --lora, --quantize, --prune and --ablate")
+    if args.train_modules and (args.lora or edits(args)):
+        p.error("--train_modules is about training the weights: drop it, or --lora, --quantize, --prune and "
+                "--ablate")
     if args.geometry and args.lora:
         p.error("--geometry looks at the weights, which --lora leaves as they are: drop one")
     parts = []

@@ -2597,6 +2597,43 @@ class Frozen(World):
             grads.append(flat(p.grad for p in model.parameters() if p.requires_grad))
         torch.testing.assert_close(grads[1], grads[0], rtol=1e-12, atol=1e-13)
 
+    def test_the_states_of_a_text_do_not_depend_on_its_batch(self):
+        samples = text_samples()
+        found = []
+        for picks in ([0], [0, 1, 3]):
+            model = little_llama()
+            frozen.train_only(model, LAST)
+            frozen.STATES.clear()
+            frozen.cache(model)
+            models.run(model, {k: v for k, v in models.collate([samples[i] for i in picks], 0, "cpu").items()
+                               if k != "labels"})
+            known, = frozen.STATES.values()
+            found.append(known[tuple(samples[0][0])])
+        self.assertTrue(torch.equal(*found))
+
+    def test_a_broken_off_run_goes_on_bit_for_bit_from_states_that_are_computed_again(self):
+        rows = [{"text": " ".join(TEXTS[i % len(TEXTS)].split() * (1 + i % 3))} for i in range(12)]
+        write_rows(self.world / "retain.jsonl", rows)            # of other lengths, so with padding
+        flags = ("--train_modules", LAST, "--cache_frozen", "--save_every", 4, "--steps", 8)
+        self.unlearn("whole", *flags)
+        frozen.STATES.clear()
+        self.break_off("parts", 6, *flags)
+        frozen.STATES.clear()
+        self.unlearn("parts", *flags, "--resume")
+        self.same_weights("whole", "parts")
+
+    def test_positions_that_train_or_differ_are_seen(self):
+        digests = []
+        for seed in (0, 1):
+            model = little_gpt2()
+            with torch.no_grad():
+                model.transformer.wpe.weight.mul_(1 + seed)
+            frozen.train_only(model, r"h\.1\.")
+            digests.append(frozen.digest(model, frozen.leading(model)[1]))
+        self.assertNotEqual(*digests)
+        frozen.train_only(model, r"wpe|h\.1\.")
+        self.assertRaisesRegex(formats.InputError, "the embeddings train", frozen.leading, model)
+
     def test_another_front_does_not_get_these_states(self):
         said = []
         for seed in (0, 1, 0):
@@ -2975,7 +3012,7 @@ class Relearn(unittest.TestCase):
                 torch.testing.assert_close(model.state_dict()[name], torch.tensor(want, dtype=dtype))
 
     def test_edits_are_scored_each_alone_and_undone(self):
-        def norm(model, *_):
+        def norm(model, *_, **more):
             return {"UE": flat(model.parameters()).norm().item(), "UT": None}
         model = little_llama(torch.float32)
         args = attack_args(quantize=[8, 2], prune=[90])
@@ -2999,7 +3036,7 @@ class Relearn(unittest.TestCase):
         model.model.layers[0].mlp.down_proj.weight[5] += 9 * torch.arange(24.0).sin()
         rows = evaluate.ask(QUESTIONS, PROMPT)
 
-        def logps(model, *_):
+        def logps(model, *_, **more):
             return {"UE": evaluate.choice_logps(model, words(), rows), "UT": None}
         with tempfile.TemporaryDirectory() as folder, mock.patch.object(evaluate, "ue_ut", logps):
             args = attack_args(ablate=[1], teacher=write_model(folder, teacher), run="", device="cpu")
@@ -3344,6 +3381,12 @@ class Plan(Folder):
                                   ("--smooth none --optimizer sign --param_dtype float32".split(), 6)):
             self.assertEqual(self.planned(100, 1, *flags), 100 * bytes_each, flags)
 
+    def test_the_attack_plans_weights_gradients_a_copy_and_two_states(self):
+        args = unlearn.parse_args("--lora 16 --param_dtype bfloat16 --micro_batch 8 --out no".split())
+        parts = memory.attack_plan(args, 7.24e9, 6e9)
+        self.assertEqual(sum(parts.values()), 5 * 2 * 7.24e9 + 3e9)
+        self.assertEqual(sum(memory.attack_plan(args, 7.24e9, 6e9, 2).values()), 5 * 7.24e9 + 3e9)
+
     def test_seven_billion_parameters_in_adapters_plan_below_22_gb(self):
         """As README: rank 16, 4 x 512 tokens. One of Mistral-7B's 32 layers is measured."""
         from transformers import MistralConfig, MistralForCausalLM
@@ -3607,6 +3650,11 @@ class Runs(World):
         stamp = (run / "evaluate.json").stat().st_mtime_ns
         self.assertEqual(self.run_script("evaluate.py", run, *flags.split()), out)
         self.assertEqual((run / "evaluate.json").stat().st_mtime_ns, stamp)      # kept
+        write_model(self.tmp / "teacher", little_llama(torch.float32, seed=5))
+        sharp = ["--sharpness", "own", "--sharpness_rows", 2, "--sharpness_steps", 3, "--sharpness_probes", 2]
+        self.run_script("evaluate.py", run, *sharp, "--teacher", self.tmp / "teacher")
+        other = read_json(run / "evaluate.json")["metrics"]["sharpness"]["own"]
+        self.assertNotEqual(other["top"], metrics["sharpness"]["own"]["top"])    # another reference
         self.run_script("evaluate.py", run, "--attack", "prefix", says="--overwrite")
 
     def test_the_best_weights_on_the_way_are_the_ones_of_highest_ue_that_keep_ut(self):
@@ -3625,6 +3673,24 @@ class Runs(World):
             self.unlearn("short", *more, "--steps", want["step"])
             self.same_weights("best", "short")
             self.assertFalse(list(self.tmp.glob("*.best")))
+
+
+    def test_ut_on_the_way_is_compared_with_the_start_on_the_same_questions(self):
+        model, tokenizer = models.load_model(self.model)
+        asked = evaluate.load_questions(self.world)["mcq_retain"] * 6
+        picks = evaluate.choice_logps(model, tokenizer, asked).argmax(1).tolist()
+        unknown = formats.spaced(range(len(asked)), 3)[1:]           # two of three that are asked on the way
+        rows = []
+        for i, (row, pick) in enumerate(zip(asked, picks)):
+            rows.append({"question": row["question"], "choices": row["choices"],
+                         "answer": (pick + 1) % 4 if i in unknown else pick})
+        write_rows(self.world / "mcq_retain.jsonl", rows)
+        few = formats.spaced(evaluate.load_questions(self.world)["mcq_retain"], 3)
+        ut = evaluate.ue_ut(model, tokenizer, {"mcq_retain": few})["UT"]
+        flags = ["--keep", "best", "--keep_ut", 1, "--eval_every", 1, "--eval_limit", 3, "--lr", 1e-12]
+        self.unlearn("still", *flags)
+        self.assertLess(ut, 0.5 * self.result("still")["metrics"]["before"]["UT"])
+        self.assertEqual(self.result("still")["kept"]["UT"], ut)             # nothing moved, so UT is kept
 
 
 DRIVE = '''
@@ -3782,6 +3848,29 @@ class Out(World):
                 self.assertIn("is finished", self.unlearn("run", "--resume", *more))
                 self.assertEqual(attack.call_count, count)
         self.assertEqual(self.files(), before)
+
+    def test_resume_takes_no_other_run_for_its_own(self):
+        self.unlearn("run")
+        before = self.files()
+        for flag, value in (("--lr", 9e-3), ("--seed", 5), ("--sam_rho", 1)):
+            self.unlearn("run", "--resume", flag, value, says=f"is finished, with {flag}")
+        self.assertEqual(self.files(), before)
+        other = ["--lr", 2e-3, "--steps", 5, "--save_every", 2, "--overwrite"]
+        self.break_off("run", 4, *other)                             # over the finished one
+        self.unlearn("run", *other, "--resume")
+        self.unlearn("whole", *other)
+        self.same_weights("run", "whole")
+
+    def test_a_new_start_has_nothing_of_the_best_weights_before_it(self):
+        best = ["--keep", "best", "--keep_ut", 0, "--eval_every", 1, "--save_every", 2, "--steps", 6]
+        self.break_off("run", 5, *best, "--lr", 3e-2)
+        states.remove(self.tmp / "run.state")
+        note, = (self.tmp / "run.best").glob("*/note.json")
+        note.write_text(json.dumps(read_json(note) | {"UE": 1.5}))   # more than the new run will have
+        self.unlearn("run", *best, "--lr", 1e-12, "--resume")
+        curve = self.result("run")["curve"]
+        self.assertEqual(self.result("run")["kept"]["UE"], max(point["UE"] for point in curve))
+        self.assertEqual(self.result("run")["metrics"]["after"]["UE"], curve[-1]["UE"])
 
     def test_a_stopped_run_says_in_a_line_how_to_go_on(self):
         import signal
@@ -4050,6 +4139,14 @@ class Scripts(Folder):
         self.assertTrue(lines[1].startswith(asked["question"]))
         self.assertIn(f"{right} / {right}", lines[1])  # the model before knows it
 
+    def test_two_runs_of_one_method_are_both_shown(self):
+        runs_of = []
+        for lr in (1e-4, 3e-4):
+            runs_of.append(self.unlearned(f"lr{lr}", "--steps", 2, "--no-relearn", "--lr", lr)[1])
+        head = self.run_script("evaluate.py", *runs_of, "--show", 1).splitlines()[0]
+        self.assertEqual(head.count("relearned"), 2)
+        self.assertIn(str(runs_of[1]), head)
+
     def test_sam_resists_relearning_better_than_npo_and_the_flipped_sign_does_not(self):
         """The paper's claim on a fixed configuration."""
         ue = {}
@@ -4117,11 +4214,16 @@ class BadInput(World):
             ("--latent_eps 1 --latent_layer 2", "choose 0 to 1"), ("--lora 0", "at least 1"),
             ("--lora 2 --train_modules mlp", "train_modules"),
             ("--lora 2 --lora_save adapter --smooth wa", "wa"), ("--lora_alpha 2", "add --lora RANK"),
-            ("--keep best --smooth wa", "wa"),
-            ("--lora 2 --lora_perturb weights --smooth gp", "lora_perturb")))
+            ("--keep best --smooth wa", "wa"), ("--loss rmu --retain none", "--rmu_alpha"),
+            ("--rs_sigma .1", "do not look at it"), ("--smooth gp --cr_mu .2", "--cr_mu"),
+            ("--wa_every 3", "--wa_every"), ("--margin 1", "--margin"), ("--rmu_c 3", "--rmu_c"),
+            ("--loss ga --gamma 2", "--gamma"), ("--loss graddiff --beta 2", "--beta"),
+            ("--optimizer zo --zo_lr .1 --lr .1", "--lr 0.1"), ("--keep_ut .5", "--keep_ut"),
+            ("--lora 2 --lora_perturb weights --smooth gp", "--smooth sam --sam_norm l2")))
         self.refused("unlearn.py", [*self.flags, "--out", self.tmp / "never"], (
             ("--lr 1e5", "not finite"), ("--lr 1e38", "at most"),
             ("--loss rmu --lora 2 --rmu_layer 77", "first 2 of 3"),
+            (("--loss", "rmu", "--rmu_layer", 0, "--train_modules", r"layers\.2\."), "has a part in a loss"),
             (("--out", self.tmp / "new" / "er" / "run", "--lr", 1e5), "not finite"),
             ("--lora 17", "choose 16 or less"), ("--lora 2 --lora_modules (", "regular expression"),
             ("--lora 2 --lora_modules xyz", "matches no linear layer")))
@@ -4174,7 +4276,8 @@ class BadInput(World):
             ("--quantize 64", "at most 16"), ("--geometry --lora 1", "drop one"),
             ("--attack_data no.jsonl", "no.jsonl"), ("--mix_data no.jsonl", "--mix"),
             ("--mix 2", "at most 1"), ("--mix 0.5 --samples 12", "6"), ("--ablate 4", "3 layers"),
-            ("--teacher x", "--ablate")))
+            ("--teacher x", "--ablate"), ("--train_modules q_proj --lora 2", "--train_modules"),
+            ("--train_modules q_proj --quantize 4", "--train_modules")))
         self.refused("evaluate.py", some, (
             (("--data", self.model), "nothing to measure"),
             (("--data", self.model, "--show", 2), "no questions"), (("--json", ""), "--json"),

@@ -337,7 +337,7 @@ class Unlearning:
 
     def keep_if_best(self, folder, point, before):
         """With --keep best, save the weights if UE is the highest so far among those that keep UT; before: UE and
-        UT of the start. An equal UE comes too late."""
+        UT of the start, on the same questions. An equal UE comes too late."""
         if self.args.keep != "best" or (point["UT"] or 0) < self.args.keep_ut * (before["UT"] or 0):
             return
         _, kept = states.last(folder, UE=(int, float))
@@ -398,12 +398,9 @@ class Unlearning:
             if value != note["inputs"].get(name):
                 raise InputError(f"--resume: {part.parent} was written with another {name}: put it back, or "
                                  "remove the folder to start again")
-        free = {"out", "overwrite", "resume", "save_every", "relearn", "device", "micro_batch"}
-        for key, value in note["args"].items():
-            now = vars(self.args).get(key)
-            if key not in free and value != now:
-                raise InputError(f"--resume: {part.parent} was written with --{key} {value}, now it is "
-                                 f"{now}: give the same flags, or remove it to start again")
+        for key, value, now in other_flags(note["args"], self.args):
+            raise InputError(f"--resume: {part.parent} was written with --{key} {value}, now it is "
+                             f"{now}: give the same flags, or remove it to start again")
         states.put_back(part, note, self.named, self.optimizer, self.smoother, self.average)
         return note
 
@@ -555,6 +552,23 @@ def choose_sam(args, default_of):
                          "looks at no attacker; add --sam_direction lookahead, or drop it")
 
 
+def refuse_unused(args, default_of):
+    """Refuse a flag that nothing in this run looks at."""
+    base, averaged = parse_smooth(args.smooth)
+    used = {"rs_sigma": base == "rs", "rs_samples": base == "rs", "gp_lambda": base == "gp",
+            "gp_radius": base == "gp", "cr_mu": base == "cr", "cr_lambda": base == "cr",
+            "wa_start": averaged, "wa_every": averaged, "beta": args.loss in ("npo", "simnpo", "dpo"),
+            "gamma": args.retain != "none", "margin": args.loss == "simnpo", "idk_text": args.loss == "dpo",
+            "rmu_layer": args.loss == "rmu", "rmu_c": args.loss == "rmu", "rmu_alpha": args.loss == "rmu",
+            "keep_ut": args.keep == "best", "lr": args.optimizer != "zo"}
+    for name, looked_at in used.items():
+        value = getattr(args, name)
+        if not looked_at and value != default_of(name):
+            raise InputError(f"--{name} {value}: --loss {args.loss} --retain {args.retain} --smooth "
+                             f"{args.smooth} --optimizer {args.optimizer} --keep {args.keep} do not look at "
+                             "it; drop it")
+
+
 def default_out(args):
     """out/LOSS+SMOOTH[-VARIANT]-sSEED."""
     words = tables.words_of(vars(args))
@@ -581,6 +595,7 @@ def parse_args(argv=None):
     frozen.check(args)
     losses.check(args)
     adapters.check(args, p.get_default)
+    refuse_unused(args, p.get_default)
     args.state_dtype = args.state_dtype or ("float32" if args.lora else args.param_dtype)
     args.retain_batch = args.retain_batch or args.batch_size
     args.micro_batch = args.micro_batch or max(args.batch_size, args.retain_batch)
@@ -600,13 +615,40 @@ def parse_args(argv=None):
     return args
 
 
+def other_flags(before, args):
+    """[(name, value, value now)] of what a run from before did otherwise, not only elsewhere or at other
+    times. What only the model decides is not known yet at the start."""
+    free = {"out", "overwrite", "resume", "save_every", "relearn", "device", "micro_batch"}
+    later = {"sam_rho", "rmu_layer", "train_modules", "triton"}
+    out = []
+    for key, value in before.items():
+        now = vars(args).get(key)
+        if key not in free and value != now and not (key in later and now in (None, "")):
+            out.append((key, value, now))
+    return out
+
+
+def is_finished(args, out, state):
+    """With --resume: did this very run write OUT? Refuses another one's OUT, unless it is to be replaced."""
+    if not args.resume or runs.stage_of(out) != "unlearn":
+        return False
+    if args.overwrite and states.last(state)[0]:     # OUT is older than the run that was broken off
+        return False
+    for key, value, now in other_flags(runs.load_result(out)["args"], args):
+        if args.overwrite:
+            return False
+        raise InputError(f"--resume: {out} is finished, with --{key} {value}, and now it is {now}: choose "
+                         "another --out, or replace it with --overwrite")
+    return True
+
+
 def find_out(args, folder, stack):
     """(OUT, OUT.state, OUT.best), which are this run's until its end; with --resume a finished OUT needs no
     training."""
     out = Path(args.out)
     state = Path(f"{args.out}.state")
     best = Path(f"{args.out}.best")
-    if args.resume and runs.stage_of(out) == "unlearn":
+    if is_finished(args, out, state):
         if args.relearn and not (out / "relearn.json").exists():
             relearn.attack(relearn.parse_args([args.out, "--device", args.device]))
         print(f"{out} is finished: nothing is left to resume")
@@ -616,8 +658,6 @@ def find_out(args, folder, stack):
     states.refuse_foreign(best)
     if state.exists() and not args.resume and not args.overwrite:
         raise InputError(f"{state}: a run was broken off; go on with --resume, or remove it")
-    if not args.resume:
-        states.remove(best)                      # of a run that was broken off
     return out, state, best
 
 
@@ -643,6 +683,7 @@ if __name__ == "__main__":
             frozen.train_only(model, args.train_modules)
             frozen.cache(model)
         before = evaluate.ue_ut(model, tokenizer, questions)
+        start_few = evaluate.ue_ut(model, tokenizer, few) if args.keep == "best" else None
         models.PASSED.clear()
         texts.add_references(model)
         run = Unlearning(args, model, adamw, texts)
@@ -651,14 +692,21 @@ if __name__ == "__main__":
         say_what(args, model, texts, run.adapters)
         plan = run.plan(texts)
         print(memory.plan_line(plan, args.device))
+        if args.relearn:
+            attacked = memory.attack_plan(args, memory.numel(model), plan["activations"], processes.count())
+            print(f"the attack after it {memory.plan_line(attacked, args.device)}")
         if args.gradient_checkpointing:
             models.recompute_blocks(model)
 
         # -- the loop
         inputs = inputs_of(texts, model) if args.resume or args.save_every else {}
         note = {"args": vars(args), "inputs": inputs, "curve": [], "warning": None, "attacks": 0, "passed": {}}
-        if args.resume:
-            note |= run.resume(state, inputs) | {"args": vars(args)}
+        found = run.resume(state, inputs) if args.resume else {}
+        if found:
+            note |= found | {"args": vars(args)}
+            stack.go_on = "go on with the same command and --resume"
+        else:
+            states.remove(best)                  # of a run that was broken off and is not gone on with
         if note["passed"]:                       # as if it had not been broken off
             models.PASSED.clear()
             models.PASSED.update(note["passed"])
@@ -688,7 +736,7 @@ if __name__ == "__main__":
                     formats.warn(note["warning"])
             if args.eval_every and "mcq_forget" in questions and (i + 1) % args.eval_every == 0:
                 point |= evaluate.ue_ut(model, tokenizer, few)
-                run.keep_if_best(best, point, before)
+                run.keep_if_best(best, point, start_few)
             curve.append(point)
             watched = [k for k in ("forget", "retain", "applied_norm", "cosine", "UE", "UT") if point.get(k)]
             bar.set_postfix({k: f"{point[k]:.3g}" for k in watched})
@@ -718,6 +766,7 @@ if __name__ == "__main__":
             if args.lora_save == "adapter" and run.adapters:
                 run.adapters.merge()             # the attack is on the weights
             model.requires_grad_(True)
+            run = None                           # the attack has an optimizer of its own
             whole = (None, None) if args.cache_frozen else (model, tokenizer)    # its front no longer trains
             relearn.attack(relearn.parse_args([str(out), "--device", args.device]), *whole)
         print(f"{time.time() - start:.0f} s in all; wrote {out}/")

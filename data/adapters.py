@@ -320,7 +320,7 @@ def check(args, default_of):
     parts = args.smooth.split("+")
     if args.lora_perturb == "weights" and ("sam" not in parts or args.sam_norm != "l2"):
         raise InputError(f"--lora_perturb weights: it scales sam's rho in l2, here are --smooth {args.smooth} and "
-                         f"--sam_norm {args.sam_norm}; add --sam_rho 0.1, or drop it")
+                         f"--sam_norm {args.sam_norm}; take --smooth sam --sam_norm l2, or drop it")
     if args.lora_save == "adapter" and "wa" in parts:
         raise InputError("--lora_save adapter: the mean of adapters is not an adapter of that rank; drop wa, or "
                          "--lora_save merged")

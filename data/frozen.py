@@ -58,41 +58,57 @@ def check(args):
 
 
 def leading(model):
-    """The blocks in front of the first one that trains."""
+    """(the blocks in front of the first one that trains, the parameters that decide what the last of them
+    says)."""
     front = []
     for block in models.blocks(model):
         if any(p.requires_grad for p in block.parameters()):
             break
         front.append(block)
-    if not front or any(p.requires_grad for p in model.get_input_embeddings().parameters()):
+    deciding = parameters_up_to(model.base_model, front[-1], *little_batch(model)) if front else []
+    if not front or any(p.requires_grad for p in deciding):
         raise InputError("--cache_frozen: the first block or the embeddings train, so nothing stays equal: "
                          "name later blocks with --train_modules")
-    return front
+    return front, deciding
 
 
-def digest(model, front):
-    """A hash of all that decides the states: the embeddings, the blocks in front, what config.json says."""
+def parameters_up_to(base, block, ids, mask):
+    """[parameter] of every module that begins before the block has ended, in that order."""
+    found = {}
+
+    def note(module, inputs):
+        found.update(dict.fromkeys(module.parameters(recurse=False)))
+    hooks = [module.register_forward_pre_hook(note) for module in base.modules()]
+    try:
+        states_of(base, block, ids, mask)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(found)
+
+
+def digest(model, deciding):
+    """A hash of all that decides the states: those parameters, and what config.json says."""
     config = model.config.to_diff_dict()
     for key in ("dtype", "transformers_version"):                # of the file, not of what is computed
         config.pop(key, None)
     out = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for module in [model.get_input_embeddings(), *front]:
-        for p in module.parameters():
-            out.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+    for p in deciding:
+        out.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
     return out.hexdigest()
 
 
 def cache(model):
     """Let the blocks in front of the first one that trains run once a text, in place; serves models.run().
 
-    Equal to the plain pass up to rounding: a text's states are those of the first batch that had it. Tried on
-    one text; a model whose blocks hand on more than one state a token is refused.
+    Equal to the plain pass up to rounding: a text's states are those that it has alone, in whatever batch it
+    comes. Tried on one text; a model whose blocks hand on more than one state a token is refused.
     """
     if processes.count() > 1:
         raise InputError("--cache_frozen needs whole weights: run without torchrun")
-    front = leading(model)
+    front, deciding = leading(model)
     plain = trial(model)
-    known = STATES.setdefault(digest(model, front), {})
+    known = STATES.setdefault(digest(model, deciding), {})
     served = []                                  # the states (B, T, D) of the pass that is under way
 
     @torch.no_grad()
@@ -103,12 +119,12 @@ def cache(model):
         ids = inputs["input_ids"]
         mask = inputs["attention_mask"]
         texts = []
-        for row, count in zip(ids.tolist(), mask.sum(1).tolist()):
-            texts.append(tuple(row[:count]))
-        rows = [i for i, text in enumerate(texts) if text not in known]
-        if rows:
-            for i, states in zip(rows, states_of(model.base_model, front[-1], ids[rows], mask[rows])):
-                known[texts[i]] = states[:len(texts[i])].clone()
+        for i, (row, count) in enumerate(zip(ids.tolist(), mask.sum(1).tolist())):
+            text = tuple(row[:count])
+            texts.append(text)
+            if text not in known:
+                alone = states_of(model.base_model, front[-1], ids[i:i + 1, :count], mask[i:i + 1, :count])
+                known[text] = alone[0]                           # (T, D)
         states = torch.zeros(*ids.shape, known[texts[0]].shape[1], dtype=model.dtype, device=ids.device)
         for row, text in zip(states, texts):
             row[:len(text)] = known[text]                        # (T, D)
@@ -129,13 +145,20 @@ def cache(model):
                          "are left out: drop it")
 
 
+def little_batch(model):
+    """(ids, mask) of a short text, (1, T)."""
+    ids = torch.tensor([[3, 4, 5, 6]], device=model.device) % model.get_input_embeddings().num_embeddings
+    return ids, torch.ones_like(ids)
+
+
+@torch.no_grad()
 def trial(model):
     """The logits (1, T, V) of a short text."""
-    ids = torch.tensor([[3, 4, 5, 6]], device=model.device) % model.get_input_embeddings().num_embeddings
-    with torch.no_grad():
-        return models.run(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits
+    ids, mask = little_batch(model)
+    return models.run(model, {"input_ids": ids, "attention_mask": mask}).logits
 
 
+@torch.no_grad()
 def states_of(base, block, ids, mask):
     """What a block says of a batch: (B, T, D). base: the model without its output layer."""
     found = []

@@ -153,6 +153,9 @@ def descend(model, micro, total, unit, weight=1.0):
     for batch in micro:
         loss = total(model, batch) * batch["weight"] / count
         if torch.is_grad_enabled():
+            if not loss.requires_grad:
+                raise InputError("no parameter that trains has a part in a loss: name others with "
+                                 "--train_modules")
             (weight * loss).backward()
         mean = mean + loss.detach()
     return processes.all_sum(mean, model.device)
@@ -212,9 +215,10 @@ def flags(g):
 
 def check(args):
     """Refuse what a loss does not go with, and fill in its retain loss."""
-    if args.loss in ("ga", "rmu") and args.retain not in (None, "none"):
-        fix = {"ga": "ga has none; use --loss graddiff", "rmu": "rmu brings its own, --rmu_alpha; drop it"}
-        raise InputError(f"--retain {args.retain}: {fix[args.loss]}")
+    if args.loss == "ga" and args.retain not in (None, "none"):
+        raise InputError(f"--retain {args.retain}: ga has none; use --loss graddiff")
+    if args.loss == "rmu" and args.retain is not None:
+        raise InputError(f"--retain {args.retain}: rmu brings its own, --rmu_alpha (0: none); drop it")
     if args.loss == "simnpo" and args.reduce == "sum":
         raise InputError("--reduce sum: simnpo is defined by the mean over tokens; drop it, or use --loss npo")
     args.retain = args.retain or ("none" if args.loss in ("ga", "rmu", "none") else "nll")

@@ -77,6 +77,14 @@ def plan(args, total, trained, trained_size, copies, activations, count=1):
     return shared | {"activations": activations}
 
 
+def attack_plan(args, total, activations, count=1):
+    """plan() of relearn.py's usual attack on the result: all weights train, four samples a step, and a copy
+    of them is put aside. activations: those of plan(), of args.micro_batch samples."""
+    weights = total * getattr(torch, args.param_dtype).itemsize / count
+    return {"weights": weights, "gradients": weights, "put aside": weights, "optimizer": 2 * weights,
+            "activations": activations * 4 / args.micro_batch}
+
+
 def machine_bytes(device):
     """The memory of a GPU or of the machine; None where the system does not tell."""
     if torch.device(device).type == "cuda":

@@ -149,7 +149,9 @@ def put_back(part, note, named, optimizer, smoother, average):
                 raise ValueError(f"the state of {name} is not whole")
         for key in ("step", "exp_avg", "exp_avg_sq"):
             if f"{key}.{name}" in saved:
-                like = torch.zeros(()) if key == "step" else p
+                like = p
+                if key == "step":                # torch's fused AdamW has it where the weights are
+                    like = torch.zeros((), device=p.device if optimizer.defaults.get("fused") else "cpu")
                 optimizer.state[p][key] = torch.zeros_like(like, dtype=saved[f"{key}.{name}"])
         if f"kept.{name}" in saved:
             smoother.kept[p] = torch.zeros_like(p, dtype=saved[f"kept.{name}"])

@@ -273,9 +273,14 @@ def corpus(name, data):
     return formats.read_jsonl(path, formats.text_row)
 
 
-def usual_budgets(rows):
-    """The samples of the budgets: 20, 40 and 60, as far as there are rows; all of fewer than 20."""
-    return [count for count in (20, 40, 60) if count <= len(rows)] or [len(rows)]
+def usual_budgets(rows, others, mix):
+    """The samples of the budgets: 20, 40 and 60, as far as there are rows, and others for the share mix; else
+    as many as there are rows for."""
+    def enough(count):
+        foreign = round(mix * count)
+        return count - foreign <= len(rows) and foreign <= len(others)
+    counts = [count for count in (20, 40, 60) if enough(count)]
+    return counts or [max(filter(enough, range(1, 21)), default=1)]
 
 
 def result_path(args):
@@ -296,7 +301,7 @@ def attack(args, model=None, tokenizer=None):
     if not edits(args):
         rows = corpus(args.attack_data, args.data)
         others = corpus(args.mix_data, args.data) if args.mix else ()
-        args.samples = args.samples or usual_budgets(rows)
+        args.samples = args.samples or usual_budgets(rows, others, args.mix)
     if model is None:
         model, tokenizer = models.load_model(args.run, args.device, getattr(torch, args.param_dtype))
 
@@ -418,9 +423,10 @@ def parse_args(argv=None):
     p = flags()
     args = p.parse_args(argv)
     trained = args.lora or args.attack_data != "forget" or args.geometry or args.optimizer != "adamw"
-    if edits(args) and (trained or args.mix):
-        p.error("--quantize, --prune and --ablate train nothing: drop --lora, --attack_data, --mix, "
-                "--optimizer and --geometry, or attack in two calls")
+    budgets = args.samples or args.lr or args.epochs != [1] or args.curve_every
+    if edits(args) and (trained or args.mix or budgets):
+        p.error("--quantize, --prune and --ablate train nothing: drop --samples, --epochs, --lr, "
+                "--curve_every, --lora, --attack_data, --mix, --optimizer and --geometry, or attack in two calls")
     if args.teacher and not args.ablate:
         p.error(f"--teacher {args.teacher}: only --ablate compares with it")
     if args.mix_data != "retain" and not args.mix:

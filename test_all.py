@@ -1687,6 +1687,7 @@ class Folds(World):
             self.unlearn(name, "--data", self.world / name / "1")
             self.assertEqual(read_json(self.world / name / "1" / "meta.json"), {"prompt": PROMPT})
         self.run_script("data/split.py", self.world, "--folds", 9, says="--folds 9: there are 5")
+        self.run_script("data/split.py", self.world, "--folds", 2, "--share", 0.9, says="--layered")
         self.unlearn("merged", "--merge", *[self.tmp / "plain"] * 3)
         self.same_weights("plain", "folds1", "layers1", "merged")
 
@@ -2343,6 +2344,13 @@ class Curvature(Folder):
                     [sign * at(w).item(), g.norm().item(), sign * rise.item()])
         self.assertTrue(torch.equal(w, flat(net.params)))
 
+    def test_the_largest_eigenvalue_of_what_has_none_above_zero(self):
+        for values in ([-4.0, -3.5], [-4.0, -1.0, -0.5, 0.0], [-4.0, -2.0]):
+            h = torch.tensor(values, dtype=torch.float64)
+            start = torch.ones_like(h)
+            found, _ = sam.kernel_file("curvature").top_eigenvalue(lambda v: h * v, start, 2000, 1e-9)
+            self.assertAlmostEqual(found, values[-1], places=4)
+
     def test_the_forget_objective_is_the_npo_that_unlearning_descends_or_the_nll_of_an_attacker(self):
         model = little_llama(torch.float32)
         teacher = little_llama(torch.float32, seed=1)
@@ -2504,6 +2512,10 @@ class Prepare(Folder):
             shutil.rmtree(self.tmp / "out")
             self.prepare("wmdp", "--any_count", *more)
             self.assertEqual(self.rows("retain"), [{"text": text}])
+        for path in (self.tmp / "source").rglob("*bio-retain*"):
+            path.unlink()
+        self.prepare("wmdp", "--any_count", "--retain", "wikitext")
+        self.prepare("wmdp", "--any_count", says="bio-retain")
 
     def test_muse_blocks_are_the_joined_documents_in_pieces_of_max_len_tokens(self):
         self.publish("muse")
@@ -2682,6 +2694,7 @@ class Frozen(World):
     def test_what_needs_the_front_is_refused(self):
         for flags, says in (((), "the first block or the embeddings train"),
                             (("--train_modules", LAST, "--latent", "direction"), "latent"),
+                            (("--train_modules", LAST, "--merge", self.model), "merge"),
                             (("--lora", 2), "lora")):
             line = (*self.flags, "--out", self.tmp / "x", "--cache_frozen", *flags)
             self.run_script("unlearn.py", *line, says=says)
@@ -2748,6 +2761,10 @@ class PeopleCompare(Folder):
         best = {name: tries[2] for name, tries in people.DEFENCES.items()}
         best["NPO"] = people.DEFENCES["NPO"][1]              # the third one lost other text
         self.assertEqual(read_json(self.tmp / "tuned.json")["defences"], best)
+        self.args.defences = ["SAM"]                         # alone: the others stay
+        with mock.patch.object(people, "all_of"), contextlib.redirect_stdout(io.StringIO()):
+            people.tune(self.args)
+        self.assertEqual(read_json(self.tmp / "tuned.json")["defences"], best)
         self.assertEqual(people.chosen({"a": (0.99, 3.0, 0.9), "b": (0.9, 2.0, 0.1)}), "b")
 
     def test_the_table_has_the_means_over_worlds_of_what_the_attacks_wrote(self):
@@ -2779,6 +2796,22 @@ class PeopleCompare(Folder):
                                    ".500", ".250", "1.000", ".500", "15.0"])
         test = next(line for line in lines if line[:4] == ["npo+sam", "UE", "attacked", "+0.100"])
         self.assertEqual(test[-1], "2/2")
+
+    def test_what_another_model_or_another_number_of_steps_left_is_not_taken_for_this(self):
+        run = self.tmp / "run"
+        run.mkdir()
+        blocks = people.blocks_of(self.args)
+        made = {"model": "x", "train_modules": blocks, "data": "d", "seed": 1, "exclude": "none"}
+        formats.write_json(run / "result.json", {"stage": "prepare", "args": made})
+        self.assertTrue(people.is_there(run, model="x", train_modules=blocks))
+        self.assertFalse(people.is_there(self.tmp / "none", model="x"))
+        with self.assertRaisesRegex(formats.InputError, "made with --model x, and now it is y"):
+            people.is_there(run, model="y")
+        for data, times in (("elsewhere", 0), ("people", 1)):
+            formats.write_json(run / "evaluate.json", {"args": {"data": str(self.tmp / data)}, "metrics": {}})
+            with mock.patch.object(people, "call") as call:
+                people.score_elsewhere(run, self.args, "log")
+            self.assertEqual(call.call_count, times)
 
     def test_every_world_meets_all_defences_and_has_a_yardstick(self):
         worlds, called = people.plan({"NPO": "--sam_rho 0", "SAM": "--sam_rho .1"}, self.args)
@@ -2839,6 +2872,23 @@ class Worlds(Folder):
                 known[name, part] = evaluate.open_accuracy(model, tok, rows)
         self.assertLess(known.pop(("retrained", "mcq_forget")), 0.3)         # one of ten words or twelve
         self.assertGreaterEqual(min(known.values()), 0.95)
+
+    def test_other_facts_are_neither_asked_of_a_yardstick_nor_left_beside_older_models(self):
+        write_model(self.tmp / "model", little_llama(torch.float32))
+        flags = ("data/people/prepare.py", "--model", self.tmp / "model", "--out", self.tmp / "set",
+                 "--people", 1, "--epochs", 1)
+        self.run_script(*flags, "--seed", 1, says="too little to know")              # the data are there
+        self.run_script(*flags, "--seed", 7, "--exclude", "forget", says="is there and differs")
+        made = {"stage": "prepare",
+                "args": {"seed": 1, "people": 1, "data": "x", "model": "m", "exclude": "none"}}
+        for name in ("target", "retrained"):
+            (self.tmp / "set" / name).mkdir()
+            formats.write_json(self.tmp / "set" / name / "result.json", made)
+        self.run_script(*flags, "--seed", 1, "--overwrite", says="too little to know")
+        self.assertTrue((self.tmp / "set" / "retrained").exists())                   # of the same facts
+        self.run_script(*flags, "--seed", 7, "--overwrite", says="too little to know")
+        self.assertEqual(read_json(self.tmp / "set" / "meta.json")["seed"], 7)
+        self.assertFalse((self.tmp / "set" / "target").exists() or (self.tmp / "set" / "retrained").exists())
 
     def test_the_built_in_world_is_what_its_description_says(self):
         tiny = script_module("data/tiny/prepare.py")
@@ -2958,8 +3008,10 @@ class Relearn(unittest.TestCase):
         self.assertGreater(budgets[2]["se"]["UE"], 0)
 
     def test_without_flags_the_budgets_are_20_40_60_as_far_as_there_are_rows_and_the_rate_is_the_models(self):
-        found = [relearn.usual_budgets(range(count)) for count in (1, 19, 20, 59, 60, 1000)]
+        found = [relearn.usual_budgets(range(count), (), 0.0) for count in (1, 19, 20, 59, 60, 1000)]
         self.assertEqual(found, [[1], [19], [20], [20, 40], [20, 40, 60], [20, 40, 60]])
+        found = [relearn.usual_budgets(range(30), range(count), 0.5) for count in (1, 15, 20, 99)]
+        self.assertEqual(found, [[2], [20], [20, 40], [20, 40, 60]])
         for folder in (runs.TINY, runs.TINY / "seed0", runs.TINY / "seed0" / "folds3" / "1"):
             self.assertEqual(runs.attack_rate(folder), 2e-3)
         for folder in (ROOT / "data" / "people", ROOT, "/elsewhere/tiny"):
@@ -3309,6 +3361,11 @@ class Flags(unittest.TestCase):
                     told = re.search(rf"\n +{action.option_strings[0]}\b.*(\n  +[^- ].*)?", said)[0]
                     self.assertIn("default", told)
 
+    def test_every_row_of_the_step_timings_is_a_run_that_unlearn_takes(self):
+        step = script_module("kernels/step.py")
+        for smooth in step.PASSES:
+            self.parsed(*step.smoother_flags(smooth))
+
     def test_smoother_names_and_their_combinations(self):
         for text, want in (("sam+wa", ("sam", True)), ("wa+rs", ("rs", True)), ("wa", ("none", True)),
                            ("none", ("none", False))):
@@ -3381,11 +3438,13 @@ class Plan(Folder):
                                   ("--smooth none --optimizer sign --param_dtype float32".split(), 6)):
             self.assertEqual(self.planned(100, 1, *flags), 100 * bytes_each, flags)
 
-    def test_the_attack_plans_weights_gradients_a_copy_and_two_states(self):
-        args = unlearn.parse_args("--lora 16 --param_dtype bfloat16 --micro_batch 8 --out no".split())
-        parts = memory.attack_plan(args, 7.24e9, 6e9)
-        self.assertEqual(sum(parts.values()), 5 * 2 * 7.24e9 + 3e9)
-        self.assertEqual(sum(memory.attack_plan(args, 7.24e9, 6e9, 2).values()), 5 * 7.24e9 + 3e9)
+    def test_the_attack_plans_weights_gradients_a_copy_two_states_and_four_samples(self):
+        args = unlearn.parse_args("--param_dtype bfloat16 --micro_batch 8 --out no".split())
+        model = little_llama(torch.bfloat16)
+        parts = memory.attack_plan(args, model, SimpleNamespace(forget=text_samples(), pad=0))
+        activations = memory.activation_bytes(model, text_samples(), 4, False, 0)
+        count = sum(p.numel() for p in model.parameters())
+        self.assertEqual(sum(parts.values()), 5 * 2 * count + activations)
 
     def test_seven_billion_parameters_in_adapters_plan_below_22_gb(self):
         """As README: rank 16, 4 x 512 tokens. One of Mistral-7B's 32 layers is measured."""
@@ -3855,6 +3914,11 @@ class Out(World):
         for flag, value in (("--lr", 9e-3), ("--seed", 5), ("--sam_rho", 1)):
             self.unlearn("run", "--resume", flag, value, says=f"is finished, with {flag}")
         self.assertEqual(self.files(), before)
+        for flags in (["--train_modules", "mlp"], ["--sam_norm", "linf", "--sam_rho", 0.5]):
+            self.unlearn("part", *flags, "--overwrite")
+            self.unlearn("part", *flags[:-2], "--resume", says="is finished, with --" + flags[-2][2:])
+        self.unlearn("latent", "--latent_eps", 0.5)                  # the model says which layer
+        self.assertIn("is finished", self.unlearn("latent", "--latent_eps", 0.5, "--resume"))
         other = ["--lr", 2e-3, "--steps", 5, "--save_every", 2, "--overwrite"]
         self.break_off("run", 4, *other)                             # over the finished one
         self.unlearn("run", *other, "--resume")
@@ -4277,6 +4341,7 @@ class BadInput(World):
             ("--attack_data no.jsonl", "no.jsonl"), ("--mix_data no.jsonl", "--mix"),
             ("--mix 2", "at most 1"), ("--mix 0.5 --samples 12", "6"), ("--ablate 4", "3 layers"),
             ("--teacher x", "--ablate"), ("--train_modules q_proj --lora 2", "--train_modules"),
+            ("--quantize 4 --samples 3", "--samples"), ("--prune 10 --curve_every 1", "--curve_every"),
             ("--train_modules q_proj --quantize 4", "--train_modules")))
         self.refused("evaluate.py", some, (
             (("--data", self.model), "nothing to measure"),

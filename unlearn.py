@@ -560,7 +560,7 @@ def refuse_unused(args, default_of):
             "wa_start": averaged, "wa_every": averaged, "beta": args.loss in ("npo", "simnpo", "dpo"),
             "gamma": args.retain != "none", "margin": args.loss == "simnpo", "idk_text": args.loss == "dpo",
             "rmu_layer": args.loss == "rmu", "rmu_c": args.loss == "rmu", "rmu_alpha": args.loss == "rmu",
-            "keep_ut": args.keep == "best", "lr": args.optimizer != "zo"}
+            "keep_ut": args.keep == "best", "lr": args.optimizer != "zo" or args.undo_steps}
     for name, looked_at in used.items():
         value = getattr(args, name)
         if not looked_at and value != default_of(name):
@@ -616,14 +616,13 @@ def parse_args(argv=None):
 
 
 def other_flags(before, args):
-    """[(name, value, value now)] of what a run from before did otherwise, not only elsewhere or at other
-    times. What only the model decides is not known yet at the start."""
+    """[(name, value, value now)] of what a run with the args `before` did otherwise, not only elsewhere or at
+    other times."""
     free = {"out", "overwrite", "resume", "save_every", "relearn", "device", "micro_batch"}
-    later = {"sam_rho", "rmu_layer", "train_modules", "triton"}
     out = []
     for key, value in before.items():
         now = vars(args).get(key)
-        if key not in free and value != now and not (key in later and now in (None, "")):
+        if key not in free and value != now:
             out.append((key, value, now))
     return out
 
@@ -634,7 +633,8 @@ def is_finished(args, out, state):
         return False
     if args.overwrite and states.last(state)[0]:     # OUT is older than the run that was broken off
         return False
-    for key, value, now in other_flags(runs.load_result(out)["args"], args):
+    done = runs.load_result(out)
+    for key, value, now in other_flags(done["args"] | done.get("asked", {}), args):
         if args.overwrite:
             return False
         raise InputError(f"--resume: {out} is finished, with --{key} {value}, and now it is {now}: choose "
@@ -669,6 +669,7 @@ if __name__ == "__main__":
         processes.join(args.device)
         folder = find_inputs(args)
         out, state, best = find_out(args, folder, stack)
+        asked = dict(vars(args))                 # some of it is completed when the model is known
         runs.prepare_world(folder, args.seed)
         rng = random.Random(args.seed)
         torch.manual_seed(args.seed)
@@ -677,6 +678,8 @@ if __name__ == "__main__":
         questions, few = find_questions(args, folder)
         model, tokenizer = models.load_model(args.model, args.device, getattr(torch, args.param_dtype))
         texts = Texts(args, folder, model, tokenizer)
+        if args.relearn:
+            attack_plan = memory.attack_plan(args, model, texts)
         adamw = choose_kernels(args, model)
         complete_for(args, model)
         if args.cache_frozen:
@@ -693,8 +696,7 @@ if __name__ == "__main__":
         plan = run.plan(texts)
         print(memory.plan_line(plan, args.device))
         if args.relearn:
-            attacked = memory.attack_plan(args, memory.numel(model), plan["activations"], processes.count())
-            print(f"the attack after it {memory.plan_line(attacked, args.device)}")
+            print(f"the attack after it {memory.plan_line(attack_plan, args.device)}")
         if args.gradient_checkpointing:
             models.recompute_blocks(model)
 
@@ -752,7 +754,9 @@ if __name__ == "__main__":
 
         # -- score, save, attack
         after = evaluate.ue_ut(model, tokenizer, questions)
-        result = {"stage": "unlearn", "args": vars(args), **runs.provenance(args.device, start),
+        asked = {key: value for key, value in asked.items() if value != vars(args)[key]}
+        result = {"stage": "unlearn", "args": vars(args), "asked": asked,
+                  **runs.provenance(args.device, start),
                   "plan_gb": {part: round(value / 1e9, 4) for part, value in plan.items()},
                   "passed": passed, "metrics": {"before": before, "after": after}, "kept": kept,
                   "curve": curve, "undo": undone}

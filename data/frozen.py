@@ -52,7 +52,7 @@ def flags(g):
 
 def check(args):
     """Refuse what looks inside the blocks that no longer run, or trains them."""
-    for name in ("lora", "latent", "undo_steps"):
+    for name in ("lora", "latent", "undo_steps", "merge"):
         if args.cache_frozen and getattr(args, name):
             raise InputError(f"--cache_frozen: --{name} needs all blocks to run; drop one of them")
 

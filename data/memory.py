@@ -77,12 +77,12 @@ def plan(args, total, trained, trained_size, copies, activations, count=1):
     return shared | {"activations": activations}
 
 
-def attack_plan(args, total, activations, count=1):
+def attack_plan(args, model, texts):
     """plan() of relearn.py's usual attack on the result: all weights train, four samples a step, and a copy
-    of them is put aside. activations: those of plan(), of args.micro_batch samples."""
-    weights = total * getattr(torch, args.param_dtype).itemsize / count
+    of them is put aside. Ask before any of the model is frozen."""
+    weights = numel(model) * getattr(torch, args.param_dtype).itemsize / processes.count()
     return {"weights": weights, "gradients": weights, "put aside": weights, "optimizer": 2 * weights,
-            "activations": activations * 4 / args.micro_batch}
+            "activations": activation_bytes(model, texts.forget, 4, args.gradient_checkpointing, texts.pad)}
 
 
 def machine_bytes(device):

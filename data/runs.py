@@ -293,6 +293,18 @@ def refuse_foreign(out, stage):
                              "would remove: move it away, or choose another --out")
 
 
+def remove_stale(folder, **made):
+    """Remove what prepare.py taught in a data folder that is to be replaced, target/ and retrained/, where it
+    was made with other args than `made`: it would not go with the new questions."""
+    for name in ("target", "retrained"):
+        model = folder / name
+        if model.exists():
+            refuse_foreign(model, "prepare")
+            before = load_result(model)["args"]
+            if any(before.get(key) != value for key, value in made.items()):
+                shutil.rmtree(model)
+
+
 @contextmanager
 def claimed(out, overwrite, inputs):
     """Make sure, before any work, that `out` may and can be written, and keep other runs away from it. inputs:

@@ -100,6 +100,8 @@ if __name__ == "__main__":
     args = p.parse_args()
 
     with runs.one_line_errors():
+        if args.share != p.get_default("share") and not args.layered:
+            p.error(f"--share {args.share}: each fold alone has all of retain; add --layered, or drop it")
         retain = formats.read_jsonl(args.data / "retain.jsonl", formats.text_row)
         forget = formats.read_jsonl(args.data / "forget.jsonl", formats.text_row)
         folds = folds_of(forget, args.folds, args.by, args.seed)

@@ -40,13 +40,13 @@ def power_iteration(product, start, steps, tol, shift=0.0):
 def top_eigenvalue(product, start, steps, tol=1e-3):
     """(largest eigenvalue, ||H v - eigenvalue v||) by power iteration from start (n,), at most `steps` steps.
 
-    That finds the eigenvalue of largest magnitude. When it is negative, a second run on H - eigenvalue/2 I,
-    where the largest one dominates, finds that.
+    That finds the eigenvalue of largest magnitude. When it is negative, a second run on H - eigenvalue I,
+    which has none below 0, finds the largest one.
     """
     value, residual = power_iteration(product, start, steps, tol)
     if value >= 0:
         return value, residual
-    return power_iteration(product, start, steps, tol, shift=value / 2)
+    return power_iteration(product, start, steps, tol, shift=value)
 
 
 def filter_directions(params, seed):

@@ -43,7 +43,9 @@ def smoother_flags(smooth):
         return ["--sam_rho", "1e-4", "--sam_norm", "linf", "--sam_direction", "momentum"]
     if smooth == "sam":
         return ["--sam_rho", "0.1"]
-    return ["--smooth", smooth, "--wa_start", "0"]
+    if smooth == "wa":
+        return ["--smooth", "wa", "--wa_start", "0"]
+    return ["--smooth", smooth]
 
 
 def timed_steps(model, smooth, tokens, count):

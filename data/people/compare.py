@@ -30,6 +30,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))                    # the scripts, and their package `data`
 import relearn
+import unlearn
 from data import formats, runs, tables
 from data.formats import InputError
 from data.tiny.compare import all_of, call, refuse_shared, renamed, was_done, world_flags
@@ -66,17 +67,40 @@ def run_of(name, flags_of_run, seed, args):
     return args.out / f"{name}{''.join(flags_of_run.split()).replace('--', '-')}-s{seed}"
 
 
-def trained(args):
-    """The flags that train the last --blocks of the model's blocks alone."""
+def blocks_of(args):
+    """The pattern of the weights in the last --blocks of the model's blocks."""
     numbers = "|".join(map(str, range(args.of_blocks - args.blocks, args.of_blocks)))
-    return f"--train_modules 'layers\\.({numbers})\\.' --cache_frozen"
+    return f"layers\\.({numbers})\\."
+
+
+def trained(args):
+    """The flags that train those blocks alone."""
+    return f"--train_modules '{blocks_of(args)}' --cache_frozen"
+
+
+def is_there(folder, **wanted):
+    """Is a model there already? Refuses one that was made with other args than wanted."""
+    if not (folder / "result.json").exists():
+        return False
+    made = runs.load_result(folder)["args"]
+    for key, value in wanted.items():
+        if made.get(key) != value:
+            raise InputError(f"{folder} was made with --{key} {made.get(key)}, and now it is {value}: choose "
+                             "another --out, or remove it")
+    return True
 
 
 def teach(model, seed, args, log, flags=""):
     """Write the target of a seed, or by --exclude forget its yardstick, unless it is there."""
-    if not (model / "result.json").exists():
-        call(f"data/people/prepare.py --model {args.model} --people 32 --seed {seed} --lr 5e-4 --epochs 5 "
-             f"--batch_size 8 --out {model.parent} --overwrite {flags} {trained(args)}", log)
+    if not is_there(model, model=args.model, train_modules=blocks_of(args)):
+        call(f"data/people/prepare.py --model {quote(args.model)} --people 32 --seed {seed} --lr 5e-4 "
+             f"--epochs 5 --batch_size 8 --out {quote(model.parent)} --overwrite {flags} "
+             f"{trained(args)}", log)
+
+
+def quote(path):
+    """A path as a word of a command line."""
+    return shlex.quote(str(path))
 
 
 def write_elsewhere(args):
@@ -93,6 +117,14 @@ def attacked(line):
     return was_done(relearn.parse_args(shlex.split(line)))
 
 
+def score_elsewhere(folder, args, log):
+    """Score a model on the text elsewhere, unless its evaluate.json is of that."""
+    path = folder / "evaluate.json"
+    data = str(args.out / "elsewhere")
+    if not path.exists() or formats.read_json(path, f"remove {path}", args=dict)["args"]["data"] != data:
+        call(f"evaluate.py {quote(folder)} --data {quote(data)}", log)
+
+
 def meet(seed, runs_of, args):
     """All runs {folder: flags of unlearn.py} of a world and their attacks, each unless it is there. One
     process does them all, since they share the states of the frozen blocks; the yardstick, which is taught,
@@ -101,20 +133,21 @@ def meet(seed, runs_of, args):
     log = args.out / f"seed{seed}.log"
     world = world_of(seed)
     teach(world / "target", seed, args, log)
-    if not (world / "target" / "evaluate.json").exists():
-        call(f"evaluate.py {world}/target --data {args.out}/elsewhere", log)
+    score_elsewhere(world / "target", args, log)
     for run, flags in runs_of.items():
         if flags is None:
             teach(run, seed, args, log, "--exclude forget")
-        elif not (run / "result.json").exists():
-            call(f"unlearn.py --data {world} --model {world}/target --seed {seed} --steps {args.steps} "
-                 f"--batch_size 8 --retain_batch 8 --decay linear {flags} {trained(args)} --no-relearn "
-                 f"--overwrite --out {run}", log)
-        attack = f"{run} --data {world} {ATTACK} {trained(args)}"
+        else:
+            line = (f"--data {quote(world)} --model {quote(world / 'target')} --seed {seed} "
+                    f"--steps {args.steps} --batch_size 8 --retain_batch 8 --decay linear {flags} "
+                    f"{trained(args)} --no-relearn --overwrite --out {quote(run)}")
+            wanted = unlearn.parse_args(shlex.split(line))
+            if not is_there(run, steps=wanted.steps, model=wanted.model, train_modules=wanted.train_modules):
+                call(f"unlearn.py {line}", log)
+        attack = f"{quote(run)} --data {quote(world)} {ATTACK} {trained(args)}"
         if not attacked(attack):
             call(f"relearn.py {attack}", log)
-        if not (run / "evaluate.json").exists():
-            call(f"evaluate.py {run} --data {args.out}/elsewhere", log)
+        score_elsewhere(run, args, log)
 
 
 def attack_on(run):
@@ -167,10 +200,17 @@ def tune(args):
         found[name][tried] = means
         lines.append([name, tried, *map(tables.show, means)])
     print(tables.table(lines))
-    best = {name: chosen(tries) for name, tries in found.items()}
-    for name, flags_of_best in best.items():
-        print(f"{name}: {flags_of_best}")
-    formats.write_json(args.out / "tuned.json", {"seeds": args.tune_seeds, "defences": best, "tries": found})
+    path = args.out / "tuned.json"
+    best = {}
+    if path.exists():                            # the other defences keep what was chosen for them
+        before = formats.read_json(path, f"remove {path}", seeds=list, defences=dict, tries=dict)
+        if before["seeds"] == args.tune_seeds:
+            best = before["defences"]
+            found = before["tries"] | found
+    for name in args.defences:
+        best[name] = chosen(found[name])
+        print(f"{name}: {best[name]}")
+    formats.write_json(path, {"seeds": args.tune_seeds, "defences": best, "tries": found})
 
 
 def read_tuned(args):

@@ -127,16 +127,20 @@ if __name__ == "__main__":
             raise InputError(f"{target} exists: use it, or replace it with --overwrite")
         if target.exists():
             runs.refuse_foreign(target, "prepare")
+        files, taught = build(args.seed, args.people)
+        meta = {"prompt": PROMPT, "seed": args.seed}
+        if args.exclude == "forget":             # the yardstick is asked what is there, if that is of these
+            taught = files["retain"]
+            formats.write_data(args.out, files, meta)
         model, tokenizer = models.load_model(args.model, args.device)
         if args.train_modules:
             frozen.train_only(model, args.train_modules)
         if args.cache_frozen:
             frozen.cache(model)
-        files, taught = build(args.seed, args.people)
         if args.exclude == "none":
-            formats.write_data(args.out, files, {"prompt": PROMPT, "seed": args.seed}, args.overwrite)
-        else:
-            taught = files["retain"]
+            if args.overwrite:
+                runs.remove_stale(args.out, seed=args.seed, people=args.people)
+            formats.write_data(args.out, files, meta, args.overwrite)
         teach(model, tokenizer, taught, args)
         known = {}
         for part, rows in evaluate.load_questions(args.out).items():

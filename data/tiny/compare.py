@@ -147,10 +147,12 @@ def job_of(name, x, seed, args, attacks, prompts=()):
     run = args.out / f"{name}-{x}-s{seed}"
     unrelated = runs.world(runs.TINY, args.tune_seeds[0]) / "retain.jsonl"
     commands = []
-    for line in DEFENCES[name][2].format(x=x, run=run, world=world, unrelated=unrelated).splitlines():
+    paths = {"run": shlex.quote(str(run)), "world": shlex.quote(str(world)),
+             "unrelated": shlex.quote(str(unrelated))}
+    for line in DEFENCES[name][2].format(x=x, **paths).splitlines():
         if line.startswith("unlearn.py"):
             line += f" --seed {seed} --no-relearn"
-            line += "" if " --out " in line else f" --out {run}"
+            line += "" if " --out " in line else f" --out {paths['run']}"
         commands.append(f"{line} --overwrite")   # what was broken off
     return Job(run, Path(f"{run}.log"), world, commands, list(attacks), list(prompts))
 

@@ -186,9 +186,8 @@ if __name__ == "__main__":
         learned = files["forget"] + unseen + files["retain"]
         tokenizer = build_tokenizer([row["text"] for row in learned] + [IDK])
         meta = {"prompt": PROMPT, "forget_topic": TOPICS[0], "seed": args.seed}
-        for name in ("target", "retrained"):
-            if args.overwrite and (args.out / name).exists():
-                runs.refuse_foreign(args.out / name, "prepare")
+        if args.overwrite:
+            runs.remove_stale(args.out, seed=args.seed)
         formats.write_data(args.out, files, meta, args.overwrite)
 
         for name, rows in (("target", learned), ("retrained", files["retain"])):

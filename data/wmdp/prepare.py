@@ -61,8 +61,9 @@ if __name__ == "__main__":
                               "answer": row["answer"], "subject": subject})
             files["mcq_forget" if topic == args.topic else f"mcq_{topic}"] = asked
 
-        corpora = formats.fetch("cais/wmdp-corpora", [f"{args.topic}-"], args.source)
-        for part in ("forget", "retain"):
+        parts = ["forget"] if args.retain == "wikitext" else ["forget", "retain"]
+        corpora = formats.fetch("cais/wmdp-corpora", [f"{args.topic}-{part}" for part in parts], args.source)
+        for part in parts:
             name = f"{args.topic}-{part}"
             names = [f"{name}-corpus", f"{name}-corpus/train", f"wmdp-corpora/{name}-corpus"]
             folder = corpora

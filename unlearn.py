@@ -398,7 +398,7 @@ class Unlearning:
             if value != note["inputs"].get(name):
                 raise InputError(f"--resume: {part.parent} was written with another {name}: put it back, or "
                                  "remove the folder to start again")
-        for key, value, now in other_flags(note["args"], self.args):
+        for key, value, now in states.other_flags(note["args"], self.args):
             raise InputError(f"--resume: {part.parent} was written with --{key} {value}, now it is "
                              f"{now}: give the same flags, or remove it to start again")
         states.put_back(part, note, self.named, self.optimizer, self.smoother, self.average)
@@ -615,40 +615,13 @@ def parse_args(argv=None):
     return args
 
 
-def other_flags(before, args):
-    """[(name, value, value now)] of what a run with the args `before` did otherwise, not only elsewhere or at
-    other times."""
-    free = {"out", "overwrite", "resume", "save_every", "relearn", "device", "micro_batch"}
-    out = []
-    for key, value in before.items():
-        now = vars(args).get(key)
-        if key not in free and value != now:
-            out.append((key, value, now))
-    return out
-
-
-def is_finished(args, out, state):
-    """With --resume: did this very run write OUT? Refuses another one's OUT, unless it is to be replaced."""
-    if not args.resume or runs.stage_of(out) != "unlearn":
-        return False
-    if args.overwrite and states.last(state)[0]:     # OUT is older than the run that was broken off
-        return False
-    done = runs.load_result(out)
-    for key, value, now in other_flags(done["args"] | done.get("asked", {}), args):
-        if args.overwrite:
-            return False
-        raise InputError(f"--resume: {out} is finished, with --{key} {value}, and now it is {now}: choose "
-                         "another --out, or replace it with --overwrite")
-    return True
-
-
 def find_out(args, folder, stack):
     """(OUT, OUT.state, OUT.best), which are this run's until its end; with --resume a finished OUT needs no
     training."""
     out = Path(args.out)
     state = Path(f"{args.out}.state")
     best = Path(f"{args.out}.best")
-    if is_finished(args, out, state):
+    if states.is_finished(args, out, state):
         if args.relearn and not (out / "relearn.json").exists():
             relearn.attack(relearn.parse_args([args.out, "--device", args.device]))
         print(f"{out} is finished: nothing is left to resume")

@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as checkpoint
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from data import processes
+from data import processes, runs
 from data.formats import InputError, read_json, write_json
 
 
@@ -114,6 +114,35 @@ def quiet():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is")
         yield
+
+
+# ---- is it this run's? --------------------------------------------------------------------------------
+
+def other_flags(before, args):
+    """[(name, value, value now)] of what a run with the args `before` did otherwise, not only elsewhere or at
+    other times."""
+    free = {"out", "overwrite", "resume", "save_every", "relearn", "device", "micro_batch"}
+    out = []
+    for key, value in before.items():
+        now = vars(args).get(key)
+        if key not in free and value != now:
+            out.append((key, value, now))
+    return out
+
+
+def is_finished(args, out, state):
+    """With --resume: did this very run write OUT? Refuses another one's OUT, unless it is to be replaced."""
+    if not args.resume or runs.stage_of(out) != "unlearn":
+        return False
+    if args.overwrite and last(state)[0]:        # OUT is older than the run that was broken off
+        return False
+    done = runs.load_result(out)
+    for key, value, now in other_flags(done["args"] | done.get("asked", {}), args):
+        if args.overwrite:
+            return False
+        raise InputError(f"--resume: {out} is finished, with --{key} {value}, and now it is {now}: choose "
+                         "another --out, or replace it with --overwrite")
+    return True
 
 
 # ---- what changes from step to step in a run ----------------------------------------------------------

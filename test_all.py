@@ -3446,6 +3446,12 @@ class Plan(Folder):
         count = sum(p.numel() for p in model.parameters())
         self.assertEqual(sum(parts.values()), 5 * 2 * count + activations)
 
+    def test_a_plan_that_does_not_fit_says_what_to_do(self):
+        self.assertNotIn("too much", memory.plan_line({"weights": 1.0}, "cpu"))
+        self.assertIn("too much: try --gradient_checkpointing", memory.plan_line({"weights": 1e18}, "cpu"))
+        line = memory.plan_line({"weights": 1e18}, "cpu", memory.LESS_ATTACK)
+        self.assertIn("too much: try --no-relearn", line)
+
     def test_seven_billion_parameters_in_adapters_plan_below_22_gb(self):
         """As README: rank 16, 4 x 512 tokens. One of Mistral-7B's 32 layers is measured."""
         from transformers import MistralConfig, MistralForCausalLM

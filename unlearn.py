@@ -669,7 +669,7 @@ if __name__ == "__main__":
         plan = run.plan(texts)
         print(memory.plan_line(plan, args.device))
         if args.relearn:
-            print(f"the attack after it {memory.plan_line(attack_plan, args.device)}")
+            print(f"the attack after it {memory.plan_line(attack_plan, args.device, memory.LESS_ATTACK)}")
         if args.gradient_checkpointing:
             models.recompute_blocks(model)
 

@@ -95,7 +95,11 @@ def machine_bytes(device):
         return None
 
 
-def plan_line(parts, device):
+LESS = "--gradient_checkpointing, a smaller --micro_batch, --param_dtype bfloat16, or torchrun with more GPUs"
+LESS_ATTACK = "--no-relearn, then relearn.py under torchrun with more GPUs, or with --lora"
+
+
+def plan_line(parts, device, advice=LESS):
     """The plan as one line, and a second one with what to do where it is more than the device has."""
     cuda = torch.device(device).type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else "cpu"
@@ -110,6 +114,5 @@ def plan_line(parts, device):
         return line
     line += f" with {room / 1e9:.0f} GB"
     if need > room:
-        line += ("\nthat is too much: try --gradient_checkpointing, a smaller --micro_batch, --param_dtype "
-                 "bfloat16, or torchrun with more GPUs")
+        line += f"\nthat is too much: try {advice}"
     return line

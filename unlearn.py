@@ -474,11 +474,10 @@ def smoother_flags(p):
                    "SAM: l2, gradient (default: .1; with linf .1 / width, rounded to one digit)")
     g.add_argument("--sam_norm", choices=["l2", "linf"],
                    help="move all weights together by rho along the direction, or each by rho along its sign "
-                   "(default: l2; on the built-in data, without rho and direction, linf)")
+                   "(default: l2; without rho and direction, linf)")
     g.add_argument("--sam_direction", choices=["gradient", "momentum", "lookahead", "random"],
                    help="of the forget loss here (the paper); of the step before, which saves a pass; where "
-                   "the attacker would go; noise, a control (default: gradient; on the built-in data, without "
-                   "rho and norm, momentum)")
+                   "the attacker would go; noise, a control (default: gradient; without rho and norm, momentum)")
     g.add_argument("--lookahead_steps", type=some, default=1, help="of lookahead, each a pass and rho/steps")
     g.add_argument("--sam_modules", default="", metavar="REGEX", help="perturb only matching parameters")
     g.add_argument("--sam_flip", action=yes_no, default=False, help="control: perturb the other way")
@@ -539,10 +538,9 @@ def choose_sam(args, default_of):
             raise InputError(f"--{name}: there is no SAM perturbation with --smooth {args.smooth}; drop one of "
                              "them")
     untouched = args.sam_rho is None and args.sam_norm is None and args.sam_direction is None
-    folder = runs.resolved(args.data)
-    if base == "sam" and untouched and runs.TINY in (folder, folder.parent):
-        args.sam_norm = "linf"                   # as good as the paper's SAM here, and a pass cheaper:
-        args.sam_direction = "momentum"          # data/tiny/readme.md
+    if base == "sam" and untouched:
+        args.sam_norm = "linf"                   # as good as the paper's SAM, and a pass cheaper:
+        args.sam_direction = "momentum"          # data/tiny/readme.md, data/people/readme.md
     args.sam_norm = args.sam_norm or "l2"
     args.sam_direction = args.sam_direction or "gradient"
     if args.sam_norm == "l2" and args.sam_rho is None:

@@ -1425,7 +1425,7 @@ class Undo(World):
         self.flags = self.flags[2:-2]
         self.unlearn("alone", *after, "--loss", "none", "--model", self.tmp / "plain")
         self.same_weights("whole", "alone", "killed4", "killed7")
-        self.assertEqual(tables.method(self.result("alone"))[0], "npo+sam+wa, undone")
+        self.assertEqual(tables.method(self.result("alone"))[0], "npo+sam+wa momentum linf, undone")
 
     def test_shrink_damages_after_the_references_and_before_the_first_step(self):
         self.flags += ["--smooth", "none", "--batch_size", len(TEXTS), "--steps", 1, "--lr", 1e-12]

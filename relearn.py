@@ -372,8 +372,8 @@ def flags():
     g.add_argument("--samples", type=some, nargs="+",
                    help="forget samples of each budget (default: 20, 40 and 60, as far as there are so many)")
     g.add_argument("--epochs", type=some, nargs="+", default=[1], help="passes over them; every pair is a budget")
-    g.add_argument("--lr", type=runs.RATE, nargs="+", help="peak rate, linear to 0 (default: 1e-5, the paper's "
-                   "on 7B; on the built-in data 2e-3)")
+    g.add_argument("--lr", type=runs.RATE, nargs="+",
+                   help="peak rate, linear to 0 (default: 1e-5, the paper's on 7B; built-in data: 2e-3)")
     g.add_argument("--batch_size", type=runs.BATCH, default=4, help="samples a step; 7B: 4")
     g.add_argument("--seeds", "--draws", dest="draws", type=some, default=2,
                    help="sample lists and orders to average over")
@@ -426,7 +426,8 @@ def parse_args(argv=None):
     budgets = args.samples or args.lr or args.epochs != [1] or args.curve_every
     if edits(args) and (trained or args.mix or budgets):
         p.error("--quantize, --prune and --ablate train nothing: drop --samples, --epochs, --lr, "
-                "--curve_every, --lora, --attack_data, --mix, --optimizer and --geometry, or attack in two calls")
+                "--curve_every, --lora, --attack_data, --mix, --optimizer and --geometry, or attack in two "
+                "calls")
     if args.teacher and not args.ablate:
         p.error(f"--teacher {args.teacher}: only --ablate compares with it")
     if args.mix_data != "retain" and not args.mix:

@@ -477,7 +477,8 @@ def smoother_flags(p):
                    "(default: l2; without rho and direction, linf)")
     g.add_argument("--sam_direction", choices=["gradient", "momentum", "lookahead", "random"],
                    help="of the forget loss here (the paper); of the step before, which saves a pass; where "
-                   "the attacker would go; noise, a control (default: gradient; without rho and norm, momentum)")
+                   "the attacker would go; noise, a control (default: gradient; without rho and norm, "
+                   "momentum)")
     g.add_argument("--lookahead_steps", type=some, default=1, help="of lookahead, each a pass and rho/steps")
     g.add_argument("--sam_modules", default="", metavar="REGEX", help="perturb only matching parameters")
     g.add_argument("--sam_flip", action=yes_no, default=False, help="control: perturb the other way")

@@ -173,8 +173,8 @@ def resolved(path):
 
 
 def attack_rate(data):
-    """The usual rate of a relearning attack: 2e-3 for the .3M parameters that know the built-in data, on other
-    data the paper's 1e-5, which is for 7B."""
+    """The usual rate of a relearning attack: 2e-3 for the .3M parameters that know the built-in data, on
+    other data the paper's 1e-5, which is for 7B."""
     folder = resolved(data)
     return 2e-3 if TINY in (folder, *folder.parents) else 1e-5
 
